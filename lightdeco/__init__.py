@@ -1,0 +1,228 @@
+"""lightdeco: decorators that train a plain `torch.nn.Module` on accelerate.
+
+>>> import torch, lightdeco as ld
+>>> class Net(torch.nn.Linear):
+...     @ld.training_step
+...     def step(self, batch):
+...         return self(batch).pow(2).mean()
+...
+...     @ld.configure_optimizers
+...     def optimizers(self):
+...         return torch.optim.SGD(self.parameters(), lr=0.1)
+>>> run = ld.fit(Net(2, 1), [torch.ones(4, 2)], max_epochs=3, logger=False, progress_bar=False, summary=False)
+>>> run.global_step
+3
+"""
+
+from . import loggers, seeds
+from .data import (
+    CombinedLoader,
+)
+from .errors import (
+    CheckpointError,
+    DataError,
+    LaunchError,
+    LightdecoError,
+    LightdecoWarning,
+    LoggerError,
+    MarkError,
+    SettingsError,
+    StepError,
+)
+from .launch import (
+    rank_zero_only,
+)
+from .limits import (
+    SKIP_EPOCH,
+)
+from .loop import (
+    fit,
+    predict,
+    test,
+    validate,
+)
+from .marks import (
+    backward,
+    clip_gradients,
+    configure_accelerator,
+    configure_callbacks,
+    configure_model,
+    configure_optimizers,
+    lr_scheduler_step,
+    on,
+    on_after_backward,
+    on_after_batch_transfer,
+    on_before_backward,
+    on_before_batch_transfer,
+    on_before_optimizer_step,
+    on_before_zero_grad,
+    on_exception,
+    on_fit_end,
+    on_fit_start,
+    on_load_checkpoint,
+    on_predict_batch_end,
+    on_predict_batch_start,
+    on_predict_end,
+    on_predict_epoch_end,
+    on_predict_epoch_start,
+    on_predict_start,
+    on_sanity_check_end,
+    on_sanity_check_start,
+    on_save_checkpoint,
+    on_test_batch_end,
+    on_test_batch_start,
+    on_test_end,
+    on_test_epoch_end,
+    on_test_epoch_start,
+    on_test_start,
+    on_train_batch_end,
+    on_train_batch_start,
+    on_train_end,
+    on_train_epoch_end,
+    on_train_epoch_start,
+    on_train_start,
+    on_validation_batch_end,
+    on_validation_batch_start,
+    on_validation_end,
+    on_validation_epoch_end,
+    on_validation_epoch_start,
+    on_validation_start,
+    optimizer_step,
+    optimizer_zero_grad,
+    predict_dataloader,
+    predict_step,
+    prepare_data,
+    setup,
+    split_batch,
+    teardown,
+    test_dataloader,
+    test_step,
+    train_dataloader,
+    training_step,
+    transfer_batch_to_device,
+    val_dataloader,
+    validation_step,
+)
+from .mixins import (
+    HparamsMixin,
+    LightdecoMixin,
+    LogMixin,
+    OptimizerMixin,
+    TrainerMixin,
+)
+from .optim import (
+    Optim,
+)
+from .plan import (
+    attach,
+)
+from .run import (
+    Run,
+    log,
+    log_dict,
+    optimizers,
+    schedulers,
+)
+from .seeds import (
+    seed_everything,
+)
+from .settings import (
+    Settings,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SKIP_EPOCH",
+    "CheckpointError",
+    "CombinedLoader",
+    "DataError",
+    "HparamsMixin",
+    "LaunchError",
+    "LightdecoError",
+    "LightdecoMixin",
+    "LightdecoWarning",
+    "LogMixin",
+    "LoggerError",
+    "MarkError",
+    "Optim",
+    "OptimizerMixin",
+    "Run",
+    "Settings",
+    "SettingsError",
+    "StepError",
+    "TrainerMixin",
+    "attach",
+    "backward",
+    "clip_gradients",
+    "configure_accelerator",
+    "configure_callbacks",
+    "configure_model",
+    "configure_optimizers",
+    "fit",
+    "log",
+    "log_dict",
+    "loggers",
+    "lr_scheduler_step",
+    "on",
+    "on_after_backward",
+    "on_after_batch_transfer",
+    "on_before_backward",
+    "on_before_batch_transfer",
+    "on_before_optimizer_step",
+    "on_before_zero_grad",
+    "on_exception",
+    "on_fit_end",
+    "on_fit_start",
+    "on_load_checkpoint",
+    "on_predict_batch_end",
+    "on_predict_batch_start",
+    "on_predict_end",
+    "on_predict_epoch_end",
+    "on_predict_epoch_start",
+    "on_predict_start",
+    "on_sanity_check_end",
+    "on_sanity_check_start",
+    "on_save_checkpoint",
+    "on_test_batch_end",
+    "on_test_batch_start",
+    "on_test_end",
+    "on_test_epoch_end",
+    "on_test_epoch_start",
+    "on_test_start",
+    "on_train_batch_end",
+    "on_train_batch_start",
+    "on_train_end",
+    "on_train_epoch_end",
+    "on_train_epoch_start",
+    "on_train_start",
+    "on_validation_batch_end",
+    "on_validation_batch_start",
+    "on_validation_end",
+    "on_validation_epoch_end",
+    "on_validation_epoch_start",
+    "on_validation_start",
+    "optimizer_step",
+    "optimizer_zero_grad",
+    "optimizers",
+    "predict",
+    "predict_dataloader",
+    "predict_step",
+    "prepare_data",
+    "rank_zero_only",
+    "schedulers",
+    "seed_everything",
+    "seeds",
+    "setup",
+    "split_batch",
+    "teardown",
+    "test",
+    "test_dataloader",
+    "test_step",
+    "train_dataloader",
+    "training_step",
+    "transfer_batch_to_device",
+    "val_dataloader",
+    "validate",
+    "validation_step",
+]

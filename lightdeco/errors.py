@@ -1,0 +1,73 @@
+"""The exception tree: every refusal of lightdeco is a `LightdecoError`, every warning a `LightdecoWarning`.
+
+LightdecoError
+├── MarkError        marks and their discovery: a role missing, given twice, or asking for what it cannot get
+├── SettingsError    a setting's name or value (also a ValueError)
+├── DataError        what `data` is, or what a loader delivered
+├── StepError        what a step returned
+├── LoggerError      making a logger
+├── CheckpointError  writing or reading a checkpoint
+└── LaunchError      starting or joining processes
+"""
+
+import difflib
+import warnings
+from collections.abc import Iterable
+
+
+class LightdecoError(Exception):
+    """The base of every error that lightdeco raises by itself.
+
+    Errors of the user's own code are never wrapped in it.
+
+    >>> issubclass(SettingsError, LightdecoError)
+    True
+    """
+
+
+class MarkError(LightdecoError):
+    """A mark, a role or an argument is missing, doubled or misplaced; raised before the first batch."""
+
+
+class SettingsError(LightdecoError, ValueError):
+    """A setting has a wrong name or value; the message names the setting, the value and what is allowed."""
+
+
+class DataError(LightdecoError):
+    """`data` has a form that lightdeco cannot read, or a loader delivered nothing."""
+
+
+class StepError(LightdecoError):
+    """A step returned something that cannot be used as what its role returns."""
+
+
+class LoggerError(LightdecoError):
+    """A logger could not be made: package missing, wrong option, refused login."""
+
+
+class CheckpointError(LightdecoError):
+    """A checkpoint could not be written or read; the message lists the reason for each candidate."""
+
+
+class LaunchError(LightdecoError):
+    """The devices or processes asked for cannot be had on this machine."""
+
+
+class LightdecoWarning(UserWarning):
+    """The category of every warning of lightdeco."""
+
+
+def warn(message: str) -> None:
+    """Warn once per message and place, pointing at the code outside lightdeco."""
+    # Verbs and loop lie between the warning and the user's call: the depth differs, so no stacklevel fits all.
+    warnings.warn(message, LightdecoWarning, stacklevel=3)
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the allowed word most like `word`, or an empty string.
+
+    >>> nearest("max_epoch", ["max_epochs", "max_steps"])
+    "; did you mean 'max_epochs'?"
+    """
+    found = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    return f"; did you mean {found[0]!r}?" if found else ""

@@ -1,0 +1,200 @@
+"""Devices, precision and strategy -> an Accelerator; the run's directory; what is put back after a verb."""
+
+import functools
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import torch
+
+from . import seeds
+from .errors import LaunchError, MarkError, SettingsError
+from .plan import Hook
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_PRECISION = {"32-true": "no", "bf16-mixed": "bf16"}
+
+
+def make_accelerator(settings: Settings, configured: dict[str, Any]) -> "Accelerator":
+    """The Accelerator of a run; `configured` is what `configure_accelerator` returned, and wins.
+
+    Raises:
+        LaunchError: the device is not there, or the process was started as one of several.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LaunchError("this process is one of several (WORLD_SIZE > 1); several processes are not available yet")
+    from accelerate import Accelerator
+
+    kind = _kind(settings)
+    arguments = {"cpu": kind == "cpu", "mixed_precision": _PRECISION[settings.precision]}
+    return Accelerator(**(arguments | configured))
+
+
+def _kind(settings: Settings) -> str:
+    """The kind of device that "auto" or a name stands for here: "cpu", "cuda" or "mps"."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    asked = {"gpu": "cuda"}.get(settings.accelerator, settings.accelerator)
+    if asked == "auto":
+        return next(kind for kind, found in there.items() if found)
+    if not there[asked]:
+        found = ", ".join(kind for kind, found in there.items() if found)
+        raise LaunchError(f"accelerator={settings.accelerator!r}, but torch finds none here; found: {found}")
+    return asked
+
+
+def accelerator_arguments(hook: Hook | None, returned: object) -> dict[str, Any]:
+    """What `configure_accelerator` returned, checked against the arguments of `accelerate.Accelerator`.
+
+    Raises:
+        MarkError: no dict with str keys.
+    """
+    if hook is None:
+        return {}
+    if not isinstance(returned, dict) or not all(isinstance(key, str) for key in returned):
+        raise MarkError(f"{hook.where} returned {type(returned).__name__}; return a dict of arguments for Accelerator")
+    return returned
+
+
+# ---- what is put back after a verb -----------------------------------------------------------------------------------
+
+
+class Process:
+    """The process-wide state that belongs to one verb, and that the caller must not see changed.
+
+    Random state (torch, NumPy, `random`), accelerate's state and torch's flags are the run's inside of `entered()`, and
+    the caller's outside of it. `predict` leaves and enters it around each output that it hands out.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._accelerate: list[Any] | None = None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Swap the run's state in, and the caller's back at the end. May be nested."""
+        with seeds.preserved(), self._accelerate_state(), torch_flags(self._settings):
+            yield
+
+    @contextmanager
+    def _accelerate_state(self) -> Iterator[None]:
+        """Each state class of accelerate shares one dict among its instances.
+
+        The dict itself is replaced, not cleared, so that the caller's objects and the run's keep theirs.
+        """
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+
+        classes = (PartialState, AcceleratorState, GradientState)
+        before = [vars(cls)["_shared_state"] for cls in classes]
+        if self._accelerate is None:
+            self._accelerate = [type(state)() for state in before]
+        for cls, state in zip(classes, self._accelerate, strict=True):
+            cls._shared_state = state
+        try:
+            yield
+        finally:
+            for cls, state in zip(classes, before, strict=True):
+                cls._shared_state = state
+
+
+@contextmanager
+def torch_flags(settings: Settings) -> Iterator[None]:
+    """`benchmark`, `deterministic` and `detect_anomaly` during a run."""
+    benchmark = torch.backends.cudnn.benchmark
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if settings.benchmark is not None:
+        torch.backends.cudnn.benchmark = settings.benchmark
+    if settings.deterministic:
+        # cuBLAS is deterministic only with this variable, read when its first handle is made.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=settings.deterministic == "warn")
+    try:
+        with torch.autograd.set_detect_anomaly(settings.detect_anomaly or torch.is_anomaly_enabled()):
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+
+
+# ---- the run's directory ---------------------------------------------------------------------------------------------
+
+
+def make_directory(settings: Settings, class_name: str) -> Path:
+    """Make the run's directory, exclusively: `<root_dir>/<name>`, or `<root_dir>/<Class>/version_<n>`.
+
+    Raises:
+        SettingsError: the name exists (without `overwrite`), or `root_dir` cannot be written.
+    """
+    root = Path(settings.root_dir)
+    try:
+        if settings.name is not None:
+            return _named(root, settings.name, settings.overwrite)
+        parent = root / class_name
+        parent.mkdir(parents=True, exist_ok=True)
+        versions = [int(n) for p in parent.iterdir() if (n := p.name.removeprefix("version_")).isdecimal()]
+        version = max(versions, default=-1) + 1
+        while True:  # another process may make the same one: mkdir decides
+            try:
+                (parent / f"version_{version}").mkdir()
+                break
+            except FileExistsError:
+                version += 1
+        return _writable(parent / f"version_{version}")
+    except OSError as error:
+        raise SettingsError(f"root_dir={str(root)!r} cannot be written: {error}; give a directory that can") from error
+
+
+def _named(root: Path, name: str, overwrite: bool) -> Path:
+    path = root / name
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir()
+    except FileExistsError:
+        if not overwrite:
+            raise SettingsError(f"name={name!r}: {path} exists; give another name, or overwrite=True") from None
+        ours = (
+            path.is_dir() and not path.is_symlink() and ((path / "metrics.jsonl").exists() or not any(path.iterdir()))
+        )
+        if not ours:
+            raise SettingsError(f"name={name!r}: {path} is no run of lightdeco, so it is not overwritten") from None
+        shutil.rmtree(path)
+        path.mkdir()
+    return _writable(path)
+
+
+def _writable(path: Path) -> Path:
+    (path / "metrics.jsonl").touch(exist_ok=False)
+    return path
+
+
+# ---- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    """The rank of this process among all, from the variables that launchers set; 0 in a process on its own."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def rank_zero_only(function: Callable[P, R]) -> Callable[P, R | None]:
+    """Call the function on rank 0 alone; on other ranks the call does nothing and returns None.
+
+    >>> import lightdeco as ld
+    >>> @ld.rank_zero_only
+    ... def greet(): return "hello"
+    >>> greet()
+    'hello'
+    """
+
+    @functools.wraps(function)
+    def on_rank_zero(*args: P.args, **kwargs: P.kwargs) -> R | None:
+        return function(*args, **kwargs) if rank() == 0 else None
+
+    return on_rank_zero

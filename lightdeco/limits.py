@@ -1,0 +1,131 @@
+"""How long and how much: when a run stops, how many batches are read, when validation is due."""
+
+import time
+from enum import Enum
+from typing import TYPE_CHECKING, Final
+
+from .errors import SettingsError, warn
+from .loader import Loader
+from .run import Run
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from .session import Session
+
+
+class _Skip(Enum):
+    EPOCH = "SKIP_EPOCH"
+
+
+#: Returned by an `on_train_batch_start` event, it ends the epoch before that batch.
+SKIP_EPOCH: Final = _Skip.EPOCH
+
+
+class Limits:
+    """Whether training has come to its end, and why."""
+
+    def __init__(self, settings: Settings, run: Run) -> None:
+        self._settings, self._run = settings, run
+        seconds = settings.max_seconds
+        self._deadline = None if seconds is None else time.monotonic() + seconds
+
+    def reached(self) -> str | None:
+        """Asked after each batch: the reason to stop now, or None."""
+        settings, run = self._settings, self._run
+        if settings.max_steps is not None and run.global_step >= settings.max_steps:
+            return "max_steps"
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            return "max_time"
+        if run.should_stop and self._enough():
+            return run.stop_reason or "should_stop"
+        return None
+
+    def between_epochs(self) -> str | None:
+        """Asked before each epoch: the reason to stop now, or None."""
+        limit = self._run.max_epochs
+        if limit is not None and self._run.epoch >= limit:
+            return self.reached() or "max_epochs"
+        return self.reached()
+
+    def _enough(self) -> bool:
+        settings, run = self._settings, self._run
+        return run.epoch >= (settings.min_epochs or 0) and run.global_step >= (settings.min_steps or 0)
+
+
+def accumulation(settings: Settings, epoch: int) -> int:
+    """Batches per update in an epoch."""
+    given = settings.accumulate_grad_batches
+    if isinstance(given, int):
+        return given
+    return given[max(first for first in given if first <= epoch)] if any(first <= epoch for first in given) else 1
+
+
+def cut(s: "Session", loader: Loader, stage: str, done: int = 0, sanity: bool = False) -> int | None:
+    """Batches to read from a loader before its own end, `done` of them left out; None: no limit.
+
+    Raises:
+        SettingsError: the limit is a share and the loader has no length.
+    """
+    name, limit = _setting(s.settings, stage, sanity)
+    if limit is None:
+        return None
+    if isinstance(limit, float):
+        if loader.length is None:
+            raise SettingsError(
+                f"{name}={limit} is a share, but the {stage} loader has no length; give a number of batches"
+            )
+        limit = max(1, int(loader.length * limit))
+    return limit - done
+
+
+def _setting(settings: Settings, stage: str, sanity: bool) -> tuple[str, int | float | None]:
+    if settings.fast_dev_run:
+        return "fast_dev_run", int(settings.fast_dev_run)
+    name = f"limit_{stage}_batches"
+    limit: int | float | None = getattr(settings, name)
+    if settings.overfit_batches is not None and stage in ("train", "val"):
+        name, limit = "overfit_batches", settings.overfit_batches
+    if sanity:
+        steps = settings.num_sanity_val_steps
+        return "num_sanity_val_steps", steps if not isinstance(limit, int) else min(limit, steps)
+    return name, limit
+
+
+def expected(s: "Session", stage: str, sanity: bool = False) -> int | None:
+    """Batches of one pass over a stage as far as the lengths tell, or None."""
+    total = 0
+    for loader in s.loaders[stage]:
+        limit = cut(s, loader, stage, sanity=sanity)
+        known = [n for n in (limit, loader.length) if n is not None]
+        if not known:
+            return None
+        total += min(known)
+    return total
+
+
+def val_interval(s: "Session") -> int | None:
+    """Training batches between validations, or None: at the end of each epoch.
+
+    Raises:
+        SettingsError: it is a share of an unknown length, or more than an epoch has.
+    """
+    given, batches = s.settings.val_check_interval, s.run.num_train_batches
+    if "val" not in s.loaders:
+        for name, default in (("val_check_interval", None), ("check_val_every_n_epoch", 1)):
+            if getattr(s.settings, name) != default:
+                warn(f"{name}={getattr(s.settings, name)} has no effect: there is no validation in this run")
+        return None
+    if given is None or (isinstance(given, float) and given == 1.0):
+        return None
+    if isinstance(given, float):
+        if batches is None:
+            raise SettingsError(
+                f"val_check_interval={given} is a share, but the train loader has no length; give a number of batches"
+            )
+        return max(1, int(batches * given))
+    if batches is not None and given > batches:
+        raise SettingsError(
+            f"val_check_interval={given} is more than the {batches} batches of an epoch: validation would never run; "
+            "to validate every few epochs, set check_val_every_n_epoch"
+        )
+    return given

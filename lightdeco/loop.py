@@ -1,0 +1,397 @@
+"""The verbs and the loop, in the order of time.
+
+    fit:
+        configure_callbacks
+        prepare_data; setup("fit")
+        configure_model; configure_accelerator
+        train_dataloader; val_dataloader
+        configure_optimizers
+        on_fit_start
+        on_sanity_check_start; [evaluate a few batches, recording nothing]; on_sanity_check_end
+        on_train_start
+        for each epoch:
+            on_train_epoch_start
+            for each batch:
+                on_before_batch_transfer; transfer_batch_to_device; on_after_batch_transfer
+                on_train_batch_start                       (may return SKIP_EPOCH)
+                at the start of a window:
+                    on_before_zero_grad; optimizer_zero_grad
+                training_step                              (torch seeded by `seeds.step_seed`)
+                on_before_backward; backward; on_after_backward
+                at the end of a window:
+                    on_before_optimizer_step; clip_gradients; optimizer_step
+                    lr_scheduler_step                      (schedulers by step)
+                on_train_batch_end                         (global_step counts this batch)
+                [record, every log_every_n_steps]
+                [evaluate, every val_check_interval]
+            [evaluate]
+            on_train_epoch_end
+            [record the epoch]
+            lr_scheduler_step                              (schedulers by epoch)
+        on_train_end
+        on_fit_end
+        teardown("fit")
+
+    evaluate ("validation", "test" or "predict" for *):
+        on_*_start
+        on_*_epoch_start
+        for each loader, for each batch:
+            on_before_batch_transfer; transfer_batch_to_device; on_after_batch_transfer
+            on_*_batch_start; *_step; on_*_batch_end
+        on_*_epoch_end
+        [record]
+        on_*_end
+
+Where an exception ends a verb, `on_exception` comes before `teardown`.
+"""
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from itertools import chain, islice, pairwise, repeat
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from . import seeds
+from .errors import DataError
+from .limits import SKIP_EPOCH, Limits, accumulation, cut, expected, val_interval
+from .metrics import Means
+from .optim import Closure, Window, finite_gradients, monitored
+from .roles import STAGE_STEP
+from .run import Run, active
+from .session import Session, opened, prepare, reload
+from .settings import Settings, resolve
+from .steps import Result, evaluating, no_grad, read_result, training_loss
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .settings import Overrides
+
+
+#: What stands for * in the events of each stage's evaluation.
+_EVENT: Final = {"val": "validation", "test": "test", "predict": "predict"}
+
+_END: Final = object()
+
+
+# ---- the verbs -------------------------------------------------------------------------------------------------------
+
+
+def fit(
+    model: nn.Module, data: Any = None, *, settings: Settings | None = None, **overrides: "Unpack[Overrides]"
+) -> Run:
+    """Train a module by its marked methods, and return the `Run`; the model then holds the trained weights.
+
+    Args:
+        model: a `torch.nn.Module` with a `@training_step` and a `@configure_optimizers`.
+        data: a marked data object; a `DataLoader` or any iterable of batches; `(train, val)`; a dict with "train",
+            "val"; or nothing, when the model marks its loaders.
+        settings: a `Settings`; single ones are given or replaced as keywords.
+
+    Raises:
+        MarkError, SettingsError, DataError, LoggerError, LaunchError: before the first batch.
+        StepError: a step returned something else than its role returns, or a loss that is not finite.
+
+    Exceptions of the model's own code reach the caller unchanged.
+    """
+    resolved = resolve(settings, overrides)
+    plan, given = prepare("fit", model, data, resolved)
+    with opened(plan, given, resolved, writes=not resolved.fast_dev_run) as s, s.process.entered(), active(s.run):
+        _train(s)
+    return s.run
+
+
+def validate(
+    model: nn.Module, data: Any = None, *, settings: Settings | None = None, **overrides: "Unpack[Overrides]"
+) -> dict[str, float]:
+    """Run `@validation_step` over the validation data and return its metrics; weights are not changed."""
+    return _evaluation("validate", model, data, settings, overrides)
+
+
+def test(
+    model: nn.Module, data: Any = None, *, settings: Settings | None = None, **overrides: "Unpack[Overrides]"
+) -> dict[str, float]:
+    """Run `@test_step` over the test data and return its metrics; weights are not changed."""
+    return _evaluation("test", model, data, settings, overrides)
+
+
+vars(test)["__test__"] = False  # pytest must not collect it
+
+
+def _evaluation(verb: str, model: nn.Module, data: Any, settings: Settings | None, overrides: Any) -> dict[str, float]:
+    resolved = resolve(settings, overrides)
+    plan, given = prepare(verb, model, data, resolved)
+    writes = bool(overrides.get("logger"))  # an evaluation writes files only when it is asked to, in this very call
+    with opened(plan, given, resolved, writes) as s, s.process.entered(), active(s.run):
+        return _evaluate(s, "val" if verb == "validate" else "test")
+
+
+def predict(
+    model: nn.Module, data: Any = None, *, settings: Settings | None = None, **overrides: "Unpack[Overrides]"
+) -> Iterator[Any]:
+    """Yield what `@predict_step` returns for each batch, in the order of the data, holding one batch at a time.
+
+    The arguments are checked at the call; nothing runs before the first output is asked for. Left half-way, the
+    generator releases its workers.
+    """
+    resolved = resolve(settings, overrides)
+    plan, given = prepare("predict", model, data, resolved)
+    return _predict(plan, given, resolved)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def _train(s: Session) -> None:
+    run, call = s.run, s.call
+    limits = Limits(s.settings, run)
+    run.num_train_batches = expected(s, "train")
+    interval = val_interval(s)
+
+    call["on_fit_start"]()
+    if "val" in s.loaders and s.settings.num_sanity_val_steps and not s.settings.fast_dev_run:
+        _sanity_check(s)
+    run.stage, run.means = "train", Means(run.device)
+    call["on_train_start"]()
+    while (reason := limits.between_epochs()) is None:
+        reload(s)
+        call["on_train_epoch_start"]()
+        if not _train_epoch(s, limits, interval):
+            reason = limits.reached()
+            _record_window(s)
+            break
+        _end_epoch(s, interval)
+    run.stop_reason = reason
+    call["on_train_end"]()
+    call["on_fit_end"]()
+
+
+def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
+    """Train one epoch; False when it was stopped before its end."""
+    run, call, progress, settings = s.run, s.call, s.run.progress, s.settings
+    optimizer, where = s.optim.optimizer, s.where("training_step")
+    (loader,) = s.loaders["train"]
+    window = Window(accumulation(settings, progress.epoch))
+    order = 0 if settings.overfit_batches else progress.epoch
+    skipped = False
+    with closing(loader.batches(order, progress.batch)) as batches:
+        left = islice(batches, cut(s, loader, "train", progress.batch))
+        # Looking one batch ahead tells which is the last; without accumulation nobody needs to know.
+        tagged = map(loader.tagged, left)
+        pairs: Iterator[Any] = pairwise(chain(tagged, (_END,))) if window.size > 1 else zip(tagged, repeat(None))
+        for (batch, dataloader_idx), following in pairs:
+            batch_idx, last = progress.batch, following is _END
+            run.batch, run.batch_idx = batch, batch_idx
+            seed = seeds.step_seed(run.seed, run.rank, progress.micro_batch)
+            if s.transfer is not None:
+                s.reseed(seed)
+                run.batch = batch = s.transfer(batch, dataloader_idx)
+            if call["on_train_batch_start"](batch, batch_idx, dataloader_idx) is SKIP_EPOCH:
+                skipped = True
+                break
+            if window.count == 0:
+                call["on_before_zero_grad"](optimizer)
+                call["optimizer_zero_grad"](optimizer)
+
+            s.reseed(seed)
+            outputs = s.wrapped("training_step", batch, batch_idx, dataloader_idx, None)
+            result = read_result(outputs, where)
+            loss = training_loss(result, where)
+            weight = _log(run, "train/", result)
+            s.recent.append((progress.epoch, batch_idx, progress.global_step + 1))
+
+            loss = window.scale(loss, weight, last)
+            call["on_before_backward"](loss, optimizer)
+            call["backward"](loss, optimizer)
+            call["on_after_backward"](optimizer)
+
+            progress.micro_batch += 1
+            progress.batch += 1
+            updated = window.complete(last) and _update(s, window, loss, (batch, batch_idx, dataloader_idx), seed)
+            call["on_train_batch_end"](batch, batch_idx, dataloader_idx, outputs)
+            run.batch = None
+
+            if updated and progress.global_step % settings.log_every_n_steps == 0:
+                _record_window(s)
+            elif len(s.recent) >= 50 * window.size:
+                s.refuse_nan()
+            if interval and progress.batch % interval == 0 and s.validates():
+                s.refuse_nan()
+                _evaluate(s, "val")
+            if limits.reached() is not None:
+                return progress.batch == run.num_train_batches
+    run.batch = None
+    if progress.batch == 0 and not skipped:
+        again = "; an iterator can be read only once: give a list or a DataLoader" if progress.epoch else ""
+        raise DataError(f"the train loader yielded no batch in epoch {progress.epoch}{again}")
+    return True
+
+
+def _update(s: Session, window: Window, loss: Tensor, inputs: tuple[Any, int, int], seed: int) -> bool:
+    """Update the weights at the end of a window; False when the update was skipped."""
+    call, progress, optim, optimizer = s.call, s.run.progress, s.optim, s.optim.optimizer
+    window.normalise(optimizer)
+    if s.settings.on_nan == "skip" and not bool(torch.isfinite(loss) & finite_gradients(optimizer)):  # waits
+        progress.skipped_updates += 1
+        window.begin()
+        return False
+    call["on_before_optimizer_step"](optimizer)
+    if "clip_gradients" in call:
+        call["clip_gradients"](optimizer)
+    if s.closure:
+        closure = Closure(optimizer, loss, lambda: _evaluate_again(s, window, inputs, seed))
+        call["optimizer_step"](optimizer, closure)
+    else:
+        optimizer.step()
+    window.begin()
+    progress.global_step += 1
+    if optim.scheduler is not None and optim.interval == "step" and progress.global_step % optim.every == 0:
+        call["lr_scheduler_step"](optim.scheduler, monitored(optim, s.run.metrics))
+    return True
+
+
+def _evaluate_again(s: Session, window: Window, inputs: tuple[Any, int, int], seed: int) -> Tensor:
+    """Loss and gradients at the present weights, for a closure; the same randomness as the first time."""
+    optimizer, where = s.optim.optimizer, s.where("training_step")
+    window.refuse_several(where)
+    s.call["optimizer_zero_grad"](optimizer)
+    s.reseed(seed)
+    loss = training_loss(read_result(s.wrapped("training_step", *inputs, None), where), where)
+    s.call["backward"](loss, optimizer)
+    if "clip_gradients" in s.call:
+        s.call["clip_gradients"](optimizer)
+    return loss
+
+
+def _end_epoch(s: Session, interval: int | None) -> None:
+    run, call, progress, optim = s.run, s.call, s.run.progress, s.optim
+    assert run.means is not None
+    s.refuse_nan()
+    means = run.means.epoch(suffix="_epoch")
+    if interval is None and s.validates():
+        _evaluate(s, "val")
+    latest = {name.removesuffix("_epoch"): value for name, value in means.items()}
+    run.show(means | latest)
+    with run.collecting(means):
+        call["on_train_epoch_end"]()
+    run.record("train", means)
+    run.show(latest)
+    if optim.scheduler is not None and optim.interval == "epoch" and (progress.epoch + 1) % optim.every == 0:
+        call["lr_scheduler_step"](optim.scheduler, monitored(optim, run.metrics))
+    progress.epoch += 1
+    progress.batch = 0
+
+
+def _record_window(s: Session) -> None:
+    assert s.run.means is not None
+    s.refuse_nan()
+    s.run.record("train", s.run.means.window())
+
+
+def _log(run: Run, prefix: str, result: Result) -> Any:
+    """Log the scalars of a step's result; returns the weight of the batch."""
+    assert run.means is not None
+    if not result.scalars:
+        return None
+    weight = run.size_of_batch(result.batch_size) if result.weight is None else result.weight
+    for name, value in result.scalars:
+        run.means.add(prefix + name, value, weight)
+    return weight
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def _sanity_check(s: Session) -> None:
+    """Run a few batches of validation before training: its events fire and see its metrics, but it leaves no trace."""
+    s.call["on_sanity_check_start"]()
+    with seeds.preserved(), s.run.forgetting():
+        _evaluate(s, "val", sanity=True)
+    s.call["on_sanity_check_end"]()
+
+
+def _evaluate(s: Session, stage: str, sanity: bool = False) -> dict[str, float]:
+    """One pass over the loaders of a stage; returns its metrics, recorded unless this is the sanity check."""
+    run, call, event, role = s.run, s.call, f"on_{_EVENT[stage]}", STAGE_STEP[stage]
+    where, means, read_any = s.where(role), Means(run.device), False
+    with run.during("sanity" if sanity else stage, means), evaluating(run.model):
+        run.num_eval_batches = expected(s, stage, sanity)
+        call[f"{event}_start"]()
+        call[f"{event}_epoch_start"]()
+        for index, loader in enumerate(s.loaders[stage]):
+            prefix = f"{stage}/" if loader.name is None else f"{stage}/{loader.name}/"
+            limit = cut(s, loader, stage, sanity=sanity)
+            with closing(loader.batches(run.epoch)) as batches:
+                for batch_idx, batch in enumerate(islice(batches, limit)):
+                    read_any = True
+                    run.batch, run.batch_idx = batch, batch_idx
+                    seed = seeds.eval_seed(run.seed, index, batch_idx)
+                    with no_grad(s.settings.inference_mode):
+                        if s.transfer is not None:
+                            s.reseed(seed)
+                            run.batch = batch = s.transfer(batch, index)
+                        call[f"{event}_batch_start"](batch, batch_idx, index)
+                        s.reseed(seed)
+                        outputs = s.steps(role, batch, batch_idx, index)
+                        _log(run, prefix, read_result(outputs, where))
+                        call[f"{event}_batch_end"](batch, batch_idx, index, outputs)
+                    run.batch = None
+            if not read_any and limit != 0:
+                raise DataError(f"the {stage} loader {loader.name or ''} yielded no batch".replace("  ", " "))
+        values = means.epoch()
+        run.show(values)
+        with run.collecting(values):
+            call[f"{event}_epoch_end"]()
+        if sanity:
+            run.show(values)
+        else:
+            run.record(stage, values)
+        call[f"{event}_end"]()
+    return values
+
+
+def _predict(s_plan: Any, given: Any, settings: Settings) -> Iterator[Any]:
+    with opened(s_plan, given, settings, writes=False) as s:
+        run, call = s.run, s.call
+        with _inside(s):
+            run.num_eval_batches = expected(s, "predict")
+            call["on_predict_start"]()
+            call["on_predict_epoch_start"]()
+        for index, loader in enumerate(s.loaders["predict"]):
+            with closing(loader.batches(0)) as batches:
+                limited = enumerate(islice(batches, cut(s, loader, "predict")))
+                while True:
+                    with _inside(s):
+                        batch_idx, batch = next(limited, (0, _END))
+                        if batch is _END:
+                            break
+                        outputs = _predict_batch(s, batch, batch_idx, index)
+                    yield outputs
+                    del batch, outputs  # not held while the next batch is read
+        with _inside(s):
+            call["on_predict_epoch_end"]()
+            call["on_predict_end"]()
+
+
+def _predict_batch(s: Session, batch: Any, batch_idx: int, index: int) -> Any:
+    run, call = s.run, s.call
+    run.batch_idx = batch_idx
+    seed = seeds.eval_seed(run.seed, index, batch_idx)
+    with no_grad(s.settings.inference_mode):
+        if s.transfer is not None:
+            s.reseed(seed)
+            batch = s.transfer(batch, index)
+        call["on_predict_batch_start"](batch, batch_idx, index)
+        s.reseed(seed)
+        outputs = s.steps("predict_step", batch, batch_idx, index)
+        call["on_predict_batch_end"](batch, batch_idx, index, outputs)
+    return outputs
+
+
+@contextmanager
+def _inside(s: Session) -> Iterator[None]:
+    """The process as `predict` needs it, between two outputs that it hands to the caller."""
+    with s.process.entered(), active(s.run), s.run.during("predict", None), evaluating(s.run.model):
+        yield

@@ -1,0 +1,147 @@
+"""The optional mixins, for those who like methods on the model; the functions and verbs of the package do the same."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from . import loop, metrics, run
+from .errors import LightdecoError, nearest
+from .run import Run
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .settings import Overrides
+
+
+class LogMixin:
+    """`self.log` and `self.log_dict`, as `ld.log` and `ld.log_dict`."""
+
+    def log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool = False,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce: metrics.Reduce = "mean",
+        batch_size: int | None = None,
+    ) -> None:
+        """Log a scalar; see `lightdeco.log`."""
+        run.log(name, value, prog_bar, on_step, on_epoch, reduce, batch_size)
+
+    def log_dict(
+        self,
+        values: Mapping[str, Any],
+        prog_bar: bool = False,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce: metrics.Reduce = "mean",
+        batch_size: int | None = None,
+    ) -> None:
+        """Log several scalars; see `lightdeco.log_dict`."""
+        run.log_dict(values, prog_bar, on_step, on_epoch, reduce, batch_size)
+
+
+class OptimizerMixin:
+    """`self.optimizers()` and `self.lr_schedulers()`, as `ld.optimizers` and `ld.schedulers`."""
+
+    def optimizers(self) -> Optimizer | dict[str, Optimizer]:
+        """The optimizer of the running `fit`, or a dict of several by name."""
+        return run.optimizers()
+
+    def lr_schedulers(self) -> Any:
+        """The scheduler of the running `fit` (None without one), or a dict of several by name."""
+        return run.schedulers()
+
+
+class Hparams(dict[str, Any]):
+    """Hyperparameters by name, as keys and as attributes.
+
+    >>> Hparams(lr=0.1).lr
+    0.1
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no hyperparameter {name!r}{nearest(name, self)}") from None
+
+
+class HparamsMixin:
+    """`self.save_hyperparameters()` in `__init__` keeps its arguments in `self.hparams`, and `fit` records them.
+
+    >>> class Net(HparamsMixin):
+    ...     def __init__(self, width=8, lr=0.1):
+    ...         self.save_hyperparameters()
+    >>> Net(width=4).hparams
+    {'width': 4, 'lr': 0.1}
+    """
+
+    @property
+    def hparams(self) -> Hparams:
+        """What `save_hyperparameters` kept; empty before."""
+        kept: Hparams = vars(self).setdefault("_hparams", Hparams())
+        return kept
+
+    def save_hyperparameters(self, *names: str, ignore: str | tuple[str, ...] | list[str] = ()) -> None:
+        """Keep the arguments of the `__init__` that calls this: all, or those named; modules are left out.
+
+        Raises:
+            LightdecoError: it is not called from an `__init__`, or a name is none of its arguments.
+        """
+        frame = inspect.currentframe()
+        caller = frame.f_back if frame is not None else None
+        if caller is None or caller.f_code.co_name != "__init__":
+            raise LightdecoError("save_hyperparameters() must be called in the __init__ whose arguments it keeps")
+        arguments = inspect.getargvalues(caller)
+        given = {name: arguments.locals[name] for name in arguments.args[1:]}
+        if arguments.keywords is not None:
+            given |= arguments.locals[arguments.keywords]
+        ignored = {ignore} if isinstance(ignore, str) else set(ignore)
+        for name in (*names, *ignored):
+            if name not in given:
+                raise LightdecoError(f"save_hyperparameters: __init__ has no argument {name!r}{nearest(name, given)}")
+        kept = {name: value for name, value in given.items() if name not in ignored and (not names or name in names)}
+        self.hparams.update({name: value for name, value in kept.items() if not isinstance(value, nn.Module)})
+
+
+class TrainerMixin:
+    """The verbs as methods: `net.fit(data, max_epochs=3)` is `ld.fit(net, data, max_epochs=3)`."""
+
+    def fit(self, data: Any = None, *, settings: Settings | None = None, **overrides: "Unpack[Overrides]") -> Run:
+        """Train this module; see `lightdeco.fit`."""
+        return loop.fit(_module(self), data, settings=settings, **overrides)
+
+    def validate(
+        self, data: Any = None, *, settings: Settings | None = None, **overrides: "Unpack[Overrides]"
+    ) -> dict[str, float]:
+        """Evaluate on validation data; see `lightdeco.validate`."""
+        return loop.validate(_module(self), data, settings=settings, **overrides)
+
+    def test(
+        self, data: Any = None, *, settings: Settings | None = None, **overrides: "Unpack[Overrides]"
+    ) -> dict[str, float]:
+        """Evaluate on test data; see `lightdeco.test`."""
+        return loop.test(_module(self), data, settings=settings, **overrides)
+
+    def predict(
+        self, data: Any = None, *, settings: Settings | None = None, **overrides: "Unpack[Overrides]"
+    ) -> Iterator[Any]:
+        """Yield one output per batch; see `lightdeco.predict`."""
+        return loop.predict(_module(self), data, settings=settings, **overrides)
+
+
+def _module(thing: object) -> nn.Module:
+    if not isinstance(thing, nn.Module):
+        raise LightdecoError(f"{type(thing).__name__} has TrainerMixin but is no torch.nn.Module; inherit from both")
+    return thing
+
+
+class LightdecoMixin(LogMixin, OptimizerMixin, HparamsMixin, TrainerMixin):
+    """All the mixins in one."""

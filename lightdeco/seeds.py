@@ -1,0 +1,123 @@
+"""Seeds as pure functions, so that a run's position is a few integers and a hand-written loop can repeat it.
+
+All results are 32-bit unsigned integers, because torch's CPU generator drops the rest. A run draws them as follows:
+
+- `order_seed(seed, epoch)` is set right before `iter(loader)`: it decides how a loader shuffles;
+- `data_seed(seed, epoch, batch)` is set before each fetch, where the fetch happens (in a worker or not);
+- `step_seed(seed, rank, micro_batch)` is set for torch before each call of the training step;
+- `eval_seed(seed, loader, batch)` is set for torch before each call of an evaluation step.
+
+    >>> from lightdeco import seeds
+    >>> seeds.order_seed(0, epoch=0) == seeds.order_seed(0, epoch=0) != seeds.order_seed(0, epoch=1)
+    True
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy
+import torch
+
+_MASK = 0xFFFF_FFFF_FFFF_FFFF
+_ORDER, _DATA, _STEP, _EVAL = 1, 2, 3, 4
+
+
+def _mix(stream: int, *values: int) -> int:
+    """Hash a few integers to 32 bits with the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    state = stream
+    for value in values:
+        state = (state * 0x9E37_79B9_7F4A_7C15 + value + 0x632B_E59B_D9B4_E019) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58_476D_1CE4_E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D0_49BB_1331_11EB) & _MASK
+        state ^= state >> 31
+    return state & 0xFFFF_FFFF
+
+
+def order_seed(seed: int, epoch: int) -> int:
+    """The seed of the order of the data in one epoch (32 bits).
+
+    A hand-written loop repeats a run's order with `torch.manual_seed(order_seed(seed, epoch))` right before
+    `for batch in loader`.
+    """
+    return _mix(_ORDER, seed, epoch)
+
+
+def data_seed(seed: int, epoch: int, batch: int) -> int:
+    """The seed of what is random while batch `batch` of the epoch is fetched and collated (32 bits).
+
+    `batch` counts in the order of one process: batch `k` of rank `r` is `k * world_size + r`.
+    """
+    return _mix(_DATA, seed, epoch, batch)
+
+
+def step_seed(seed: int, rank: int, micro_batch: int) -> int:
+    """The seed of torch's randomness in a training step (32 bits); `micro_batch` counts over the whole run."""
+    return _mix(_STEP, seed, rank, micro_batch)
+
+
+def eval_seed(seed: int, loader: int, batch: int) -> int:
+    """The seed of torch's randomness in a validation, test or predict step (32 bits).
+
+    It does not depend on the epoch: two validations of the same weights give the same numbers.
+    """
+    return _mix(_EVAL, seed, loader, batch)
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch, NumPy and `random` alike. Costs about 8 µs on a CPU."""
+    torch.default_generator.manual_seed(seed)
+    numpy.random.seed(seed)
+    random.seed(seed)
+
+
+def seed_everything(seed: int) -> int:
+    """Seed torch (all devices), NumPy and `random` in this process, and return the seed.
+
+    For what is random outside a verb, such as the initial weights of a model. `seed` is from 0 to 2**32 - 1.
+
+    Raises:
+        SettingsError: the seed is no such integer.
+
+    >>> import torch, lightdeco as ld
+    >>> _ = ld.seed_everything(1); a = torch.rand(1); _ = ld.seed_everything(1); bool(a == torch.rand(1))
+    True
+    """
+    from .errors import SettingsError
+
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise SettingsError(f"seed is {seed!r}; allowed: an integer from 0 to 2**32 - 1")
+    torch.manual_seed(seed)
+    numpy.random.seed(seed)
+    random.seed(seed)
+    return seed
+
+
+@contextmanager
+def preserved() -> Iterator[None]:
+    """Put the random state of torch (every device that is in use), NumPy and `random` back at the end."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    state = torch.get_rng_state(), numpy.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state[0])
+        numpy.random.set_state(state[1])
+        random.setstate(state[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def reseeder(device: torch.device) -> Callable[[int], object]:
+    """The cheapest way to seed torch for work on one device: its own generator and the CPU's."""
+    if device.type == "cpu":
+        return torch.default_generator.manual_seed  # 1 µs; torch.manual_seed visits every backend and costs 97 µs
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[device.index or 0]
+
+        def both(seed: int) -> None:
+            torch.default_generator.manual_seed(seed)
+            generator.manual_seed(seed)
+
+        return both
+    return torch.manual_seed

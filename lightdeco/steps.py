@@ -1,0 +1,142 @@
+"""The one indirection: `Steps` is the module that accelerate wraps; its `forward` calls the marked step.
+
+A step called on the user's own model would silently lose what the wrapper does: autocast, DDP's gradient
+synchronisation, FSDP's gathering. Also here: what a step may return, and how it is read.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from numbers import Real
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .errors import StepError
+from .plan import Select
+
+#: Keys of a step's result that are not metrics of their own.
+RESERVED: Final = frozenset({"weight", "batch_size", "carry"})
+
+
+class Steps(nn.Module):
+    """The user's model behind one `forward(role, batch, batch_idx, dataloader_idx)`."""
+
+    def __init__(self, model: nn.Module, calls: Mapping[str, tuple[Callable[..., Any], Select]]) -> None:
+        super().__init__()
+        self.model = model
+        self.calls = dict(calls)
+
+    def forward(self, role: str, *offered: object) -> Any:
+        """Call the method marked with `role`, inside whatever wraps this module."""
+        method, select = self.calls[role]
+        positional, keywords = select(offered)
+        return method(*positional, **keywords)
+
+
+class Result(NamedTuple):
+    """What a step returned, read: the loss (None for evaluation without one), the scalars to log, the weights."""
+
+    loss: Tensor | None
+    scalars: list[tuple[str, Any]]
+    weight: Any
+    batch_size: int | None
+
+
+def is_metric(value: object) -> bool:
+    """Whether the value is a torchmetrics `Metric` (recognised without importing torchmetrics)."""
+    return not isinstance(value, type) and all(hasattr(value, name) for name in ("compute", "reset", "update"))
+
+
+def is_scalar(value: object) -> bool:
+    """Whether a value is logged: a number or a tensor of one element."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, Real)
+
+
+def read_result(outputs: object, where: str) -> Result:
+    """Read what any step returned; `where` names the step in errors.
+
+    Raises:
+        StepError: not a scalar tensor, not a dict with str keys, or a reserved key with a wrong value.
+    """
+    if isinstance(outputs, Tensor):
+        if not is_scalar(outputs):
+            raise StepError(
+                f"{where} returned a tensor of shape {tuple(outputs.shape)}; return a scalar loss, such as its "
+                "mean() over the batch, or a dict"
+            )
+        return Result(outputs, [("loss", outputs)], None, None)
+    if outputs is None:
+        return Result(None, [], None, None)
+    if not isinstance(outputs, Mapping):
+        raise StepError(f"{where} returned a {type(outputs).__name__}; return a scalar loss or a dict of values")
+    return _read_dict(outputs, where)
+
+
+def _read_dict(outputs: Mapping[Any, Any], where: str) -> Result:
+    scalars = []
+    for key, value in outputs.items():
+        if not isinstance(key, str):
+            raise StepError(f"{where} returned a dict with the key {key!r}; keys must be str")
+        if key not in RESERVED and (is_scalar(value) or is_metric(value)):
+            scalars.append((key, value))
+    loss = outputs.get("loss")
+    if loss is not None and not (isinstance(loss, Tensor) and is_scalar(loss)):
+        shown = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise StepError(f'{where} returned {shown} under "loss"; it must be a scalar tensor')
+    weight, size = outputs.get("weight"), outputs.get("batch_size")
+    if weight is not None and not is_scalar(weight):
+        raise StepError(
+            f'{where} returned a {type(weight).__name__} under "weight"; allowed: a number or scalar tensor'
+        )
+    if not isinstance(weight, Tensor) and weight is not None and not 0 <= weight < float("inf"):
+        raise StepError(f'{where} returned "weight": {weight!r}; allowed: a finite number of at least 0')
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise StepError(f'{where} returned "batch_size": {size!r}; allowed: an int of at least 1')
+    return Result(loss, scalars, weight, size)
+
+
+def training_loss(result: Result, where: str) -> Tensor:
+    """The loss of a training step.
+
+    Raises:
+        StepError: there is none, or it has no gradient.
+    """
+    loss = result.loss
+    if loss is None:
+        raise StepError(f'{where} returned no loss; return a scalar tensor, or a dict with one under "loss"')
+    if not loss.requires_grad:
+        raise StepError(
+            f"{where} returned a loss without gradient: it depends on no parameter that requires grad; look for "
+            ".item(), .detach(), torch.no_grad() or frozen parameters on the way to it"
+        )
+    return loss
+
+
+def modes_of(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """The training/eval mode of every submodule, to be put back by `restore_modes`."""
+    return [(module, module.training) for module in model.modules()]
+
+
+def restore_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    """Put back the modes that `modes_of` returned: each submodule's own, a frozen one stays frozen."""
+    for module, training in modes:
+        module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into eval mode, and each submodule back into its own mode at the end."""
+    modes = modes_of(model)
+    model.eval()
+    try:
+        yield
+    finally:
+        restore_modes(modes)
+
+
+def no_grad(inference_mode: bool) -> AbstractContextManager[None]:
+    """The context of an evaluation step: `torch.inference_mode()`, or `torch.no_grad()` when that is switched off."""
+    return torch.inference_mode() if inference_mode else torch.no_grad()
