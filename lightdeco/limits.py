@@ -1,16 +1,14 @@
 """How long and how much: when a run stops, how many batches are read, when validation is due."""
 
 import time
+from collections.abc import Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from .data.loader import Loader
 from .errors import SettingsError, warn
-from .loader import Loader
 from .run import Run
 from .settings import Settings
-
-if TYPE_CHECKING:
-    from .session import Session
 
 
 class _Skip(Enum):
@@ -60,13 +58,13 @@ def accumulation(settings: Settings, epoch: int) -> int:
     return given[max(first for first in given if first <= epoch)] if any(first <= epoch for first in given) else 1
 
 
-def cut(s: "Session", loader: Loader, stage: str, done: int = 0, sanity: bool = False) -> int | None:
+def cut(settings: Settings, loader: Loader, stage: str, done: int = 0, sanity: bool = False) -> int | None:
     """Batches to read from a loader before its own end, `done` of them left out; None: no limit.
 
     Raises:
         SettingsError: the limit is a share and the loader has no length.
     """
-    name, limit = _setting(s.settings, stage, sanity)
+    name, limit = _setting(settings, stage, sanity)
     if limit is None:
         return None
     if isinstance(limit, float):
@@ -91,11 +89,11 @@ def _setting(settings: Settings, stage: str, sanity: bool) -> tuple[str, int | f
     return name, limit
 
 
-def expected(s: "Session", stage: str, sanity: bool = False) -> int | None:
+def expected(settings: Settings, loaders: Sequence[Loader], stage: str, sanity: bool = False) -> int | None:
     """Batches of one pass over a stage as far as the lengths tell, or None."""
     total = 0
-    for loader in s.loaders[stage]:
-        limit = cut(s, loader, stage, sanity=sanity)
+    for loader in loaders:
+        limit = cut(settings, loader, stage, sanity=sanity)
         known = [n for n in (limit, loader.length) if n is not None]
         if not known:
             return None
@@ -103,17 +101,19 @@ def expected(s: "Session", stage: str, sanity: bool = False) -> int | None:
     return total
 
 
-def val_interval(s: "Session") -> int | None:
+def val_interval(settings: Settings, validates: bool, batches: int | None) -> int | None:
     """Training batches between validations, or None: at the end of each epoch.
+
+    `batches` are those of one epoch, None when unknown.
 
     Raises:
         SettingsError: it is a share of an unknown length, or more than an epoch has.
     """
-    given, batches = s.settings.val_check_interval, s.run.num_train_batches
-    if "val" not in s.loaders:
+    given = settings.val_check_interval
+    if not validates:
         for name, default in (("val_check_interval", None), ("check_val_every_n_epoch", 1)):
-            if getattr(s.settings, name) != default:
-                warn(f"{name}={getattr(s.settings, name)} has no effect: there is no validation in this run")
+            if getattr(settings, name) != default:
+                warn(f"{name}={getattr(settings, name)} has no effect: there is no validation in this run")
         return None
     if given is None or (isinstance(given, float) and given == 1.0):
         return None

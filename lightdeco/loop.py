@@ -45,7 +45,7 @@
 Where an exception ends a verb, `on_exception` comes before `teardown`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from itertools import chain, islice, pairwise, repeat
 from typing import TYPE_CHECKING, Any, Final
@@ -58,6 +58,7 @@ from .errors import DataError
 from .limits import SKIP_EPOCH, Limits, accumulation, cut, expected, val_interval
 from .metrics import Means
 from .optim import Closure, Window, finite_gradients, monitored
+from .plan import Plan
 from .roles import STAGE_STEP
 from .run import Run, active
 from .session import Session, opened, prepare, reload
@@ -99,8 +100,26 @@ def fit(
     resolved = resolve(settings, overrides)
     plan, given = prepare("fit", model, data, resolved)
     with opened(plan, given, resolved, writes=not resolved.fast_dev_run) as s, s.process.entered(), active(s.run):
-        _train(s)
-    return s.run
+        run, call = s.run, s.call
+        limits = Limits(resolved, run)
+        interval = val_interval(resolved, "val" in s.loaders, run.num_train_batches)
+        call["on_fit_start"]()
+        if "val" in s.loaders and resolved.num_sanity_val_steps and not resolved.fast_dev_run:
+            _sanity_check(s)
+        run.stage, run.means = "train", Means(run.device, watch="train/loss")
+        call["on_train_start"]()
+        while (reason := limits.between_epochs()) is None:
+            reload(s)
+            call["on_train_epoch_start"]()
+            if not _train_epoch(s, limits, interval):
+                _record_window(s)
+                reason = limits.reached()
+                break
+            _end_epoch(s, interval)
+        run.stop_reason = reason
+        call["on_train_end"]()
+        call["on_fit_end"]()
+    return run
 
 
 def validate(
@@ -144,30 +163,6 @@ def predict(
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def _train(s: Session) -> None:
-    run, call = s.run, s.call
-    limits = Limits(s.settings, run)
-    run.num_train_batches = expected(s, "train")
-    interval = val_interval(s)
-
-    call["on_fit_start"]()
-    if "val" in s.loaders and s.settings.num_sanity_val_steps and not s.settings.fast_dev_run:
-        _sanity_check(s)
-    run.stage, run.means = "train", Means(run.device)
-    call["on_train_start"]()
-    while (reason := limits.between_epochs()) is None:
-        reload(s)
-        call["on_train_epoch_start"]()
-        if not _train_epoch(s, limits, interval):
-            reason = limits.reached()
-            _record_window(s)
-            break
-        _end_epoch(s, interval)
-    run.stop_reason = reason
-    call["on_train_end"]()
-    call["on_fit_end"]()
-
-
 def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
     """Train one epoch; False when it was stopped before its end."""
     run, call, progress, settings = s.run, s.call, s.run.progress, s.settings
@@ -177,7 +172,7 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
     order = 0 if settings.overfit_batches else progress.epoch
     skipped = False
     with closing(loader.batches(order, progress.batch)) as batches:
-        left = islice(batches, cut(s, loader, "train", progress.batch))
+        left = islice(batches, cut(settings, loader, "train", progress.batch))
         # Looking one batch ahead tells which is the last; without accumulation nobody needs to know.
         tagged = map(loader.tagged, left)
         pairs: Iterator[Any] = pairwise(chain(tagged, (_END,))) if window.size > 1 else zip(tagged, repeat(None))
@@ -187,7 +182,7 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
             seed = seeds.step_seed(run.seed, run.rank, progress.micro_batch)
             if s.transfer is not None:
                 s.reseed(seed)
-                run.batch = batch = s.transfer(batch, dataloader_idx)
+                run.batch = batch = s.transfer(batch, run.device, dataloader_idx)
             if call["on_train_batch_start"](batch, batch_idx, dataloader_idx) is SKIP_EPOCH:
                 skipped = True
                 break
@@ -282,6 +277,7 @@ def _end_epoch(s: Session, interval: int | None) -> None:
         call["lr_scheduler_step"](optim.scheduler, monitored(optim, run.metrics))
     progress.epoch += 1
     progress.batch = 0
+    s.refuse_no_progress()
 
 
 def _record_window(s: Session) -> None:
@@ -291,13 +287,15 @@ def _record_window(s: Session) -> None:
 
 
 def _log(run: Run, prefix: str, result: Result) -> Any:
-    """Log the scalars of a step's result; returns the weight of the batch."""
+    """Log the scalars and metrics of a step's result; returns the weight of the batch."""
     assert run.means is not None
-    if not result.scalars:
-        return None
-    weight = run.size_of_batch(result.batch_size) if result.weight is None else result.weight
+    weight = None
+    if result.scalars:
+        weight = run.size_of_batch(result.batch_size) if result.weight is None else result.weight
     for name, value in result.scalars:
-        run.means.add(prefix + name, value, weight)
+        run.means.add_scalar(prefix + name, value, weight)
+    for name, metric in result.metrics:
+        run.means.add(prefix + name, metric, 1)
     return weight
 
 
@@ -314,80 +312,71 @@ def _sanity_check(s: Session) -> None:
 
 def _evaluate(s: Session, stage: str, sanity: bool = False) -> dict[str, float]:
     """One pass over the loaders of a stage; returns its metrics, recorded unless this is the sanity check."""
-    run, call, event, role = s.run, s.call, f"on_{_EVENT[stage]}", STAGE_STEP[stage]
-    where, means, read_any = s.where(role), Means(run.device), False
+    run, call, event = s.run, s.call, f"on_{_EVENT[stage]}"
+    means = Means(run.device)
     with run.during("sanity" if sanity else stage, means), evaluating(run.model):
-        run.num_eval_batches = expected(s, stage, sanity)
+        run.num_eval_batches = expected(s.settings, s.loaders[stage], stage, sanity)
         call[f"{event}_start"]()
         call[f"{event}_epoch_start"]()
         for index, loader in enumerate(s.loaders[stage]):
-            prefix = f"{stage}/" if loader.name is None else f"{stage}/{loader.name}/"
-            limit = cut(s, loader, stage, sanity=sanity)
+            limit, batch_idx = cut(s.settings, loader, stage, sanity=sanity), -1
             with closing(loader.batches(run.epoch)) as batches:
                 for batch_idx, batch in enumerate(islice(batches, limit)):
-                    read_any = True
-                    run.batch, run.batch_idx = batch, batch_idx
-                    seed = seeds.eval_seed(run.seed, index, batch_idx)
-                    with no_grad(s.settings.inference_mode):
-                        if s.transfer is not None:
-                            s.reseed(seed)
-                            run.batch = batch = s.transfer(batch, index)
-                        call[f"{event}_batch_start"](batch, batch_idx, index)
-                        s.reseed(seed)
-                        outputs = s.steps(role, batch, batch_idx, index)
-                        _log(run, prefix, read_result(outputs, where))
-                        call[f"{event}_batch_end"](batch, batch_idx, index, outputs)
-                    run.batch = None
-            if not read_any and limit != 0:
-                raise DataError(f"the {stage} loader {loader.name or ''} yielded no batch".replace("  ", " "))
+                    _evaluate_batch(s, stage, batch, batch_idx, index)
+            if batch_idx < 0 and limit != 0:
+                raise DataError(f"the {stage} loader{f' {loader.name!r}' if loader.name else ''} yielded no batch")
         values = means.epoch()
         run.show(values)
         with run.collecting(values):
             call[f"{event}_epoch_end"]()
-        if sanity:
-            run.show(values)
-        else:
+        run.show(values)
+        if not sanity:
             run.record(stage, values)
         call[f"{event}_end"]()
     return values
 
 
-def _predict(s_plan: Any, given: Any, settings: Settings) -> Iterator[Any]:
-    with opened(s_plan, given, settings, writes=False) as s:
-        run, call = s.run, s.call
-        with _inside(s):
-            run.num_eval_batches = expected(s, "predict")
-            call["on_predict_start"]()
-            call["on_predict_epoch_start"]()
-        for index, loader in enumerate(s.loaders["predict"]):
-            with closing(loader.batches(0)) as batches:
-                limited = enumerate(islice(batches, cut(s, loader, "predict")))
-                while True:
-                    with _inside(s):
-                        batch_idx, batch = next(limited, (0, _END))
-                        if batch is _END:
-                            break
-                        outputs = _predict_batch(s, batch, batch_idx, index)
-                    yield outputs
-                    del batch, outputs  # not held while the next batch is read
-        with _inside(s):
-            call["on_predict_epoch_end"]()
-            call["on_predict_end"]()
-
-
-def _predict_batch(s: Session, batch: Any, batch_idx: int, index: int) -> Any:
-    run, call = s.run, s.call
-    run.batch_idx = batch_idx
+def _evaluate_batch(s: Session, stage: str, batch: Any, batch_idx: int, index: int) -> Any:
+    """One batch of validation, test or prediction; returns what the step returned."""
+    run, call, event, role = s.run, s.call, f"on_{_EVENT[stage]}", STAGE_STEP[stage]
+    run.batch, run.batch_idx = batch, batch_idx
     seed = seeds.eval_seed(run.seed, index, batch_idx)
     with no_grad(s.settings.inference_mode):
         if s.transfer is not None:
             s.reseed(seed)
-            batch = s.transfer(batch, index)
-        call["on_predict_batch_start"](batch, batch_idx, index)
+            run.batch = batch = s.transfer(batch, run.device, index)
+        call[f"{event}_batch_start"](batch, batch_idx, index)
         s.reseed(seed)
-        outputs = s.steps("predict_step", batch, batch_idx, index)
-        call["on_predict_batch_end"](batch, batch_idx, index, outputs)
+        outputs = s.steps(role, batch, batch_idx, index)
+        if stage != "predict":
+            name = s.loaders[stage][index].name
+            _log(run, f"{stage}/" if name is None else f"{stage}/{name}/", read_result(outputs, s.where(role)))
+        call[f"{event}_batch_end"](batch, batch_idx, index, outputs)
+    run.batch = None
     return outputs
+
+
+def _predict(plan: Plan, given: Mapping[str, object], settings: Settings) -> Iterator[Any]:
+    """The generator of `predict`: inside the run while a batch is worked on, outside while the caller has the floor."""
+    with opened(plan, given, settings, writes=False) as s:
+        with _inside(s):
+            s.run.num_eval_batches = expected(settings, s.loaders["predict"], "predict")
+            s.call["on_predict_start"]()
+            s.call["on_predict_epoch_start"]()
+        for index, loader in enumerate(s.loaders["predict"]):
+            with closing(loader.batches(0)) as batches:
+                numbered = enumerate(islice(batches, cut(settings, loader, "predict")))
+                while True:
+                    with _inside(s):
+                        batch_idx, batch = next(numbered, (0, _END))
+                        outputs = _END if batch is _END else _evaluate_batch(s, "predict", batch, batch_idx, index)
+                    if outputs is _END:
+                        break
+                    yield outputs
+                    del batch, outputs  # not held while the next batch is read
+        with _inside(s):
+            s.call["on_predict_epoch_end"]()
+            s.call["on_predict_end"]()
 
 
 @contextmanager

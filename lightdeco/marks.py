@@ -6,6 +6,7 @@
 True
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar, cast, overload
@@ -29,14 +30,23 @@ class Mark:
     manual: bool = False
 
 
-def marks_of(value: object) -> tuple[Mark, ...]:
-    """The marks on a function, or on what a property, staticmethod or classmethod wraps."""
+#: What may lie around a function in a class body and makes something else of it than a method.
+WRAPPERS: Final = (property, staticmethod, classmethod, functools.cached_property, functools.partialmethod)
+
+
+def wrapped(value: object) -> object:
+    """The function inside of a property, staticmethod and the like; other values as they are."""
     if isinstance(value, (staticmethod, classmethod)):
-        value = value.__func__
-    elif isinstance(value, property):
-        value = value.fget
+        return value.__func__
+    if isinstance(value, property):
+        return value.fget
+    return value.func if isinstance(value, (functools.cached_property, functools.partialmethod)) else value
+
+
+def marks_of(value: object) -> tuple[Mark, ...]:
+    """The marks on a function, or on what a property, staticmethod and the like wraps."""
     # vars() and not getattr(): a mock or a proxy answers any getattr.
-    found = getattr(value, "__dict__", {}).get(ATTRIBUTE, ())
+    found = getattr(wrapped(value), "__dict__", {}).get(ATTRIBUTE, ())
     return cast("tuple[Mark, ...]", found)
 
 
@@ -159,6 +169,7 @@ teardown = _decorator("teardown")
 train_dataloader = _decorator("train_dataloader")
 val_dataloader = _decorator("val_dataloader")
 test_dataloader = _decorator("test_dataloader")
+vars(test_dataloader)["__test__"] = False
 predict_dataloader = _decorator("predict_dataloader")
 
 on_fit_start = _decorator("on_fit_start")

@@ -1,9 +1,11 @@
 """Weighted means on the device: a value is copied into a buffer when it is logged and read when it is recorded.
 
-Nothing here waits for the device but `Means.window`, `Means.epoch` and `Means.first_bad`, which read all at once.
+Logging costs one small kernel. Nothing waits for the device but `Means.window`, `Means.epoch` and `Means.first_bad`,
+which read all metrics at once and go on with sums on the host.
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable
 from typing import Any, Final, Literal, get_args
 
 import torch
@@ -14,40 +16,45 @@ from .steps import is_metric, is_scalar
 
 Reduce = Literal["mean", "sum", "min", "max", "last"]
 
-_CAPACITY: Final = 64  # values that are kept before they are folded into sums: one small kernel each, no read
+_CAPACITY: Final = 64  # values that are kept before they are folded into one, on the device
 
-# For each way to reduce: (values, weights) -> two partial results, and how two partial results combine.
-_PARTIAL: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
-    "mean": lambda v, w: torch.stack([(v * w).sum(), w.sum()]),
-    "sum": lambda v, w: torch.stack([v.sum(), torch.ones_like(v[0])]),
-    "min": lambda v, w: torch.stack([v.min(), torch.ones_like(v[0])]),
-    "max": lambda v, w: torch.stack([v.max(), torch.ones_like(v[0])]),
-    "last": lambda v, w: torch.stack([v[-1], torch.ones_like(v[0])]),
-}
-
-
-_MERGE: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
-    "mean": torch.add,  # both the weighted sum and the weights
-    "sum": lambda old, new: torch.stack([old[0] + new[0], new[1]]),
-    "min": torch.minimum,
-    "max": torch.maximum,
+# How two partial results (of several values each) become one, on the device and on the host.
+_MERGE: Final[dict[str, Callable[[Any, Any], Any]]] = {
+    "mean": lambda old, new: old + new,  # weighted sums
+    "sum": lambda old, new: old + new,
+    # min() and max() keep a NaN only when it comes first.
+    "min": lambda old, new: (
+        torch.minimum(old, new) if isinstance(old, Tensor) else new if new != new else min(old, new)
+    ),
+    "max": lambda old, new: (
+        torch.maximum(old, new) if isinstance(old, Tensor) else new if new != new else max(old, new)
+    ),
     "last": lambda old, new: new,
+}
+_REDUCE: Final[dict[str, Callable[[Tensor], Tensor]]] = {
+    "sum": torch.sum,
+    "min": torch.min,
+    "max": torch.max,
+    "last": lambda values: values[-1],
 }
 
 
 class Series:
-    """One metric of one stage: a buffer of single values and the sums of those folded before."""
+    """One metric of one stage: single values in a buffer on the device, and what was read of the earlier ones."""
 
-    def __init__(self, device: torch.device, reduce: str, on_step: bool, on_epoch: bool) -> None:
-        self.reduce, self.on_step, self.on_epoch = reduce, on_step, on_epoch
+    def __init__(self, device: torch.device, reduce: str, on_step: bool, on_epoch: bool, watched: bool) -> None:
+        self.reduce, self.on_step, self.on_epoch, self._watched = reduce, on_step, on_epoch, watched
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._buffer = torch.zeros(_CAPACITY, dtype=dtype, device=device)
-        self._slots = list(self._buffer.unbind())
+        with torch.inference_mode(False):  # begun in inference mode, it could not be written outside of it
+            self._buffer = torch.zeros(_CAPACITY, dtype=dtype, device=device)
+            self._slots = list(self._buffer.unbind())
+        self._remote = not self._buffer.is_cpu
         self._weights: list[Any] = []
-        self._window: Tensor | None = None
-        self._epoch: Tensor | None = None
-        self._seen = 0  # values since the last check for NaN
-        self._bad: Tensor | None = None  # the index of the first bad one among them, on the device
+        self._folded: tuple[Tensor, Any] | None = None  # (partial result, weight) of full buffers
+        self._kept: list[Tensor] = []  # full buffers since the last read, of a watched series
+        self._totals: dict[str, tuple[float, float]] = {}  # on the host, by scope: "window", "epoch"
+        self._seen = 0  # values read since the last question for a bad one
+        self._bad: int | None = None
 
     def add(self, value: Any, weight: Any) -> None:
         """Copy a scalar (a number or a tensor of one element, on any device) with its weight. Does not wait."""
@@ -56,54 +63,81 @@ class Series:
             self._fold()
             n = 0
         if isinstance(value, Tensor):
-            value = value.detach()
-            self._slots[n].copy_(value if value.dim() == 0 else value.reshape(()))
+            if self._remote and value.is_cpu:
+                self._slots[n].fill_(value.item())  # read from where it is; to copy it would wait for the device
+            else:
+                value = value.detach()
+                self._slots[n].copy_(value if value.dim() == 0 else value.reshape(()))
         else:
-            self._slots[n].fill_(value)
+            self._slots[n].fill_(float(value))
         self._weights.append(weight.detach().clone() if isinstance(weight, Tensor) else weight)
 
     def _fold(self) -> None:
+        if self._watched:
+            self._kept.append(self._buffer.clone())
+        self._folded, self._weights = self.pending(), []
+
+    def pending(self) -> tuple[Tensor, Any] | None:
+        """What was logged since the last read: the partial result (0-dim, on the device) and its weight."""
         n = len(self._weights)
         if n == 0:
-            return
-        values = self._buffer[:n]
-        if any(isinstance(w, Tensor) for w in self._weights):
-            weights = torch.stack(
-                [torch.as_tensor(w, dtype=values.dtype, device=values.device).reshape(()) for w in self._weights]
-            )
+            return self._folded
+        values: Tensor = self._buffer[:n]
+        weight: Any = n
+        if self.reduce != "mean":
+            partial = _REDUCE[self.reduce](values)
+        elif any(isinstance(w, Tensor) for w in self._weights):
+            weights = self._moved_weights()
+            partial, weight = torch.dot(values, weights), weights.sum()  # in double: theirs may be a half
+        elif len(set(self._weights)) == 1:
+            partial, weight = values.sum() * self._weights[0], self._weights[0] * n
         else:
-            weights = torch.tensor(self._weights, dtype=values.dtype, device=values.device)
-        partial = _PARTIAL[self.reduce](values, weights)
-        self._window = partial if self._window is None else _MERGE[self.reduce](self._window, partial)
-        self._epoch = partial if self._epoch is None else _MERGE[self.reduce](self._epoch, partial)
-        places = torch.arange(self._seen, self._seen + n, dtype=values.dtype, device=values.device)
-        bad = torch.where(torch.isfinite(values), torch.inf, places).min()
-        self._bad = bad if self._bad is None else torch.minimum(self._bad, bad)
-        self._seen += n
-        self._weights = []
+            partial, weight = torch.dot(values, self._moved_weights()), sum(self._weights)
+        if self._folded is None:
+            return partial, weight
+        return _MERGE[self.reduce](self._folded[0], partial), self._folded[1] + weight
 
-    def take(self, scope: Literal["window", "epoch"]) -> Tensor | None:
-        """The value (0-dim, on the device) since the last take of this scope, and begin anew; None without values."""
-        self._fold()
-        if scope == "window":
-            partial, self._window = self._window, None
-        else:
-            partial, self._epoch = self._epoch, None
-        return None if partial is None else partial[0] / partial[1]
+    def _moved_weights(self) -> Tensor:
+        """The weights of the buffered values, on the device, without waiting for it."""
+        like = self._buffer
+        if any(isinstance(w, Tensor) for w in self._weights):
+            weights = (w if isinstance(w, Tensor) else like.new_full((), w) for w in self._weights)
+            return torch.stack([w.to(like, non_blocking=like.is_cuda).reshape(()) for w in weights])
+        host = torch.tensor(self._weights, dtype=like.dtype)
+        # From memory that is not pinned, the copy would begin with waiting for all work on the device.
+        return host.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else host.to(like.device)
+
+    def settle(self, partial: float, weight: float) -> None:
+        """Take over what was pending as it was read, and begin a new buffer."""
+        for scope in ("window", "epoch"):
+            old = self._totals.get(scope)
+            merged = partial if old is None else _MERGE[self.reduce](old[0], partial)
+            self._totals[scope] = float(merged), weight + (0 if old is None else old[1])
+        values = [*self._kept, self._buffer[: len(self._weights)]]
+        if self._watched and self._bad is None and not math.isfinite(partial):
+            bad = (~torch.isfinite(torch.cat(values))).nonzero()
+            self._bad = self._seen + int(bad[0]) if len(bad) else None
+        self._seen += sum(len(part) for part in values)
+        self._weights, self._folded, self._kept = [], None, []
+
+    def take(self, scope: Literal["window", "epoch"]) -> float | None:
+        """The value since the last take of this scope, and begin anew; None without values."""
+        total = self._totals.pop(scope, None)
+        if total is None or self.reduce != "mean":
+            return None if total is None else total[0]
+        return total[0] / total[1] if total[1] else math.nan
 
     def first_bad(self) -> int | None:
-        """The index of the first value since the last call that was NaN or infinite. Waits for the device."""
-        self._fold()
+        """The index of the first value since the last call that was NaN or infinite, of those that were read."""
         bad, self._bad, self._seen = self._bad, None, 0
-        found = float("inf") if bad is None else bad.item()
-        return None if found == float("inf") else int(found)
+        return bad
 
 
 class Means:
-    """All metrics of one stage, by name."""
+    """All metrics of one stage, by name; `watch` names the one that `first_bad` can be asked about."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, watch: str | None = None) -> None:
+        self._device, self._watch = device, watch
         self._series: dict[str, Series] = {}
         self._metrics: dict[str, Any] = {}
 
@@ -121,31 +155,58 @@ class Means:
                 self._metrics[name] = value
                 return
             check(name, value, reduce)
-            series = self._series[name] = Series(self._device, reduce, on_step, on_epoch)
+            watched = name == self._watch
+            series = self._series[name] = Series(self._device, reduce, on_step, on_epoch, watched)
         elif not is_scalar(value):
             check(name, value, reduce)
+        elif series.reduce != reduce:
+            check(name, value, reduce)
+            raise StepError(f"ld.log({name!r}, reduce={reduce!r}): it was logged with reduce={series.reduce!r} before")
         series.add(value, weight)
+
+    def add_scalar(self, name: str, value: Any, weight: Any) -> None:
+        """`add` of a value that is known to be a scalar, as a mean by step and by epoch: on the path of every step."""
+        series = self._series.get(name)
+        if series is None:
+            self.add(name, value, weight)
+        else:
+            series.add(value, weight)
 
     def window(self) -> dict[str, float]:
         """The means since the last call, of what is recorded by step. Waits for the device once."""
-        return _read((name, s.take("window")) for name, s in self._series.items() if s.on_step)
+        self._read()
+        found = {name: s.take("window") for name, s in self._series.items() if s.on_step}
+        return {name: value for name, value in found.items() if value is not None}
 
     def epoch(self, suffix: str = "") -> dict[str, float]:
         """The means since the last call, of what is recorded by epoch; torchmetrics objects are computed and reset.
 
         Names of what is also recorded by step get the suffix. Waits for the device.
         """
-        named = ((n + suffix if s.on_step else n, s.take("epoch")) for n, s in self._series.items() if s.on_epoch)
-        values = _read(named)
+        self._read()
+        found = {n + suffix if s.on_step else n: s.take("epoch") for n, s in self._series.items() if s.on_epoch}
+        values = {name: value for name, value in found.items() if value is not None}
         for name, metric in self._metrics.items():
-            values[name] = float(metric.compute())
+            values[name] = computed(name, metric)
             metric.reset()
         self._metrics.clear()
         return values
 
-    def first_bad(self, name: str) -> int | None:
-        """The index of the first bad value of one metric since the last call. Waits for the device."""
-        return self._series[name].first_bad() if name in self._series else None
+    def first_bad(self) -> int | None:
+        """The index of the first NaN or infinite value of the watched metric since the last call. Waits."""
+        self._read()
+        return self._series[self._watch].first_bad() if self._watch in self._series else None
+
+    def _read(self) -> None:
+        """Read everything that is pending, at once."""
+        waiting = [(s, pending) for s in self._series.values() if (pending := s.pending()) is not None]
+        if not waiting:
+            return
+        like = waiting[0][1][0]
+        on_device = [t for _, pair in waiting for t in pair if isinstance(t, Tensor)]
+        numbers = iter(torch.stack([t.to(like, non_blocking=True).reshape(()) for t in on_device]).tolist())
+        for series, (_, weight) in waiting:
+            series.settle(next(numbers), next(numbers) if isinstance(weight, Tensor) else weight)
 
 
 def check(name: str, value: object, reduce: str) -> None:
@@ -154,9 +215,9 @@ def check(name: str, value: object, reduce: str) -> None:
     Raises:
         StepError: the value is no scalar, or `reduce` is no way to reduce.
     """
-    if reduce not in _PARTIAL:
+    if reduce not in _MERGE:
         allowed = get_args(Reduce)
-        raise StepError(f"ld.log({name!r}, reduce={reduce!r}){nearest(str(reduce), allowed)}; allowed: {allowed}")
+        raise StepError(f"ld.log({name!r}, reduce={reduce!r}); allowed: {allowed}{nearest(str(reduce), allowed)}")
     if not is_scalar(value):
         shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise StepError(
@@ -164,9 +225,17 @@ def check(name: str, value: object, reduce: str) -> None:
         )
 
 
-def _read(pairs: Iterable[tuple[str, Tensor | None]]) -> dict[str, float]:
-    found = [(name, value) for name, value in pairs if value is not None]
-    if not found:
-        return {}
-    numbers = torch.stack([value for _, value in found]).tolist()  # the one read
-    return dict(zip((name for name, _ in found), numbers, strict=True))
+def computed(name: str, metric: Any) -> float:
+    """The value of a torchmetrics object. Waits for the device.
+
+    Raises:
+        StepError: it has several values.
+    """
+    value = metric.compute()
+    if not is_scalar(value):
+        shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise StepError(
+            f"{name!r} is a {type(metric).__name__} whose compute() returned {shown}; log one that returns a single "
+            "number, or log its parts by name"
+        )
+    return float(value)

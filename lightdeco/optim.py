@@ -48,7 +48,7 @@ class Optim:
             )
         if self.interval not in ("epoch", "step"):
             hint = nearest(str(self.interval), ("epoch", "step"))
-            raise SettingsError(f"Optim(interval={self.interval!r}){hint}; allowed: 'epoch', 'step'")
+            raise SettingsError(f"Optim(interval={self.interval!r}); allowed: 'epoch', 'step'{hint}")
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise SettingsError(f"Optim(every={self.every!r}); allowed: an integer of at least 1")
         if self.monitor is not None and not isinstance(self.monitor, str):
@@ -82,6 +82,10 @@ def read_optimizers(returned: object, where: str) -> dict[str, Optim]:
     found = _read(returned, where)
     if not found:
         raise MarkError(f"{where} returned no optimizer; {_FORMS}")
+    if len({id(optim.optimizer) for optim in found.values()}) < len(found):
+        raise MarkError(
+            f"{where} returned the same optimizer twice; make one for each name, with parameters of its own"
+        )
     for optim in found.values():
         driven = getattr(optim.scheduler, "optimizer", optim.optimizer)
         if driven is not optim.optimizer:
@@ -203,6 +207,8 @@ class Window:
         """Count a micro-batch and return its loss as it goes into backward; `last`: none follows in this epoch."""
         self.single = self.single or (self.count == 0 and last)
         self.count += 1
+        if isinstance(weight, Tensor):
+            weight = weight.detach().reshape(())
         self._total = self._total + weight
         return loss if self.single else loss * weight
 
@@ -241,20 +247,20 @@ class Window:
 class Closure:
     """The closure that an optimizer's `step` gets: loss and gradients at the present weights.
 
-    They were computed before the update began; as long as no parameter and no gradient has changed since, the closure
-    returns that loss. Otherwise (LBFGS' line search, the second half of SAM) it evaluates the step anew.
+    They were computed before the update began: the first call returns that loss, unless a parameter or a gradient has
+    changed since (SAM). Every other call (LBFGS' line search) evaluates the step anew.
     """
 
     def __init__(self, optimizer: Optimizer, loss: Tensor, evaluate: Callable[[], Tensor]) -> None:
         self._optimizer, self._loss, self._evaluate = optimizer, loss.detach(), evaluate
-        self._state = self._fingerprint()
+        self._state: list[tuple[int, int, int]] | None = self._fingerprint()
 
     def __call__(self) -> Tensor:
         """The loss (0-dim, detached), with the gradients in `p.grad`."""
         if self._fingerprint() != self._state:
             with torch.enable_grad():
                 self._loss = self._evaluate().detach()
-            self._state = self._fingerprint()
+        self._state = None  # what optimizers write through `.data` between calls, no version shows
         return self._loss
 
     def _fingerprint(self) -> list[tuple[int, int, int]]:

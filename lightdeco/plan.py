@@ -15,13 +15,23 @@ from typing import Any, Final, TypeVar
 from torch import nn
 
 from .errors import MarkError, nearest, warn
-from .marks import Mark, marks_of
-from .roles import ALWAYS, REQUIRED, ROLES, Owner, Role
+from .marks import WRAPPERS, Mark, marks_of, wrapped
+from .roles import ALWAYS, REQUIRED, ROLES, TRANSFER, Owner, Role
 
 T = TypeVar("T")
 
 #: Where `attach` keeps its functions, in the `__dict__` of a class or an instance.
 ATTACHED: Final = "_lightdeco_attached"
+
+#: What roles are called elsewhere, besides what is spelt nearly the same.
+_OTHER_NAMES: Final = {
+    "train_step": "training_step",
+    "val_step": "validation_step",
+    "train_loader": "train_dataloader",
+    "val_loader": "val_dataloader",
+    "test_loader": "test_dataloader",
+    "predict_loader": "predict_dataloader",
+}
 
 #: In the path of code that its user did not write: its method names mean what they mean there.
 _INSTALLED: Final = ("site-packages", "dist-packages")
@@ -88,13 +98,30 @@ class Plan:
         bound: dict[str, Callable[..., Any]] = {}
         for role in ROLES.values():
             hooks = self.all(role.name)
-            if role.name in ("on_before_batch_transfer", "on_after_batch_transfer"):
-                bound[role.name] = _chain(hooks, constants, counts)
-            elif role.kind == "event" or (hooks and role.shared):
+            if role.kind == "event" or (hooks and role.shared):
                 bound[role.name] = _together(hooks, constants, counts) if hooks else _nothing
             elif hooks:
                 bound[role.name] = _together(hooks[-1:], constants, counts)
         return bound
+
+    def transfer(self, run: object, counts: dict[str, int], move: Callable[..., Any]) -> Callable[..., Any]:
+        """The way of a batch to the device as one function of (batch, device, dataloader_idx).
+
+        The events before it, the override (or else `move`) and the events after it; what one returns the next one gets.
+        """
+        constants = (run, self.model)
+        before, override, after = (_calls(self.all(role), constants) for role in TRANSFER)
+        calls = [*before, *(override or [(1, "", move, lambda given: (given, {}))]), *after]
+
+        def chain(batch: Any, *rest: object) -> Any:
+            for every, key, method, select in calls:
+                if _due(every, key, counts):
+                    positional, keywords = select((batch, *rest))
+                    changed = method(*positional, **keywords)
+                    batch = batch if changed is None else changed
+            return batch
+
+        return chain
 
     def step(self, role: str, run: object) -> tuple[Callable[..., Any], "Select"]:
         """The method of a step, and what picks its arguments from (batch, batch_idx, dataloader_idx, …)."""
@@ -165,21 +192,6 @@ def _together(hooks: Sequence[Hook], constants: tuple[object, object], counts: d
     return together
 
 
-def _chain(hooks: Sequence[Hook], constants: tuple[object, object], counts: dict[str, int]) -> Callable[..., Any]:
-    """One function of (batch, …) in which each hook may replace the batch for those after it."""
-    calls = _calls(hooks, constants)
-
-    def chain(batch: Any, *rest: object) -> Any:
-        for every, key, method, select in calls:
-            if _due(every, key, counts):
-                positional, keywords = select((batch, *rest))
-                changed = method(*positional, **keywords)
-                batch = batch if changed is None else changed
-        return batch
-
-    return chain
-
-
 # ---- reading one object ----------------------------------------------------------------------------------------------
 
 
@@ -237,16 +249,22 @@ def _hook(thing: object, owner: Owner, name: str, value: Any, mark: Mark) -> Hoo
     if owner not in role.owners:
         allowed = " or ".join(f"the {o}" for o in role.owners)
         raise MarkError(f"{where}, marked @{role.name}, stands on the {owner}; this role belongs on {allowed}")
-    if inspect.iscoroutinefunction(inspect.unwrap(function)) or inspect.isasyncgenfunction(inspect.unwrap(function)):
-        raise MarkError(f"{where}, marked @{role.name}, is an async function; make it a plain `def`")
-    if inspect.isgeneratorfunction(inspect.unwrap(function)):
-        raise MarkError(f"{where}, marked @{role.name}, is a generator (it has a `yield`); make it return its result")
+    _refuse_deferred(function, role, where)
     positional, keywords = _wanted(function, role, where)
     return Hook(role, mark, thing, types.MethodType(function, thing), positional, keywords, where)
 
 
+def _refuse_deferred(function: Any, role: Role, where: str) -> None:
+    """Refuse what returns a coroutine or an iterator, also under functools.wraps: its body would never run."""
+    for code in (inspect.unwrap(function), type(function).__call__):
+        if inspect.iscoroutinefunction(code) or inspect.isasyncgenfunction(code):
+            raise MarkError(f"{where}, marked @{role.name}, is an async function; make it a plain `def`")
+        if inspect.isgeneratorfunction(code):
+            raise MarkError(f"{where}, marked @{role.name}, is a generator (it has `yield`); make it return its result")
+
+
 def _refuse_kind(value: object, role: Role, where: str) -> None:
-    if isinstance(value, (property, staticmethod, classmethod)):
+    if isinstance(value, WRAPPERS):
         kind = type(value).__name__
         raise MarkError(f"{where}, marked @{role.name}, is a {kind}; marks belong on plain methods: remove @{kind}")
     if not inspect.isfunction(value):
@@ -270,6 +288,10 @@ def _wanted(function: Callable[..., Any], role: Role, where: str) -> tuple[tuple
     parameters = parameters[1:] if takes_self else parameters
     if role.kind == "step":
         parameters = _name_batch(parameters, offered)
+        if [p.kind for p in parameters] == [inspect.Parameter.VAR_POSITIONAL]:
+            raise MarkError(
+                f"{where}, marked @{role.name}, takes *args, which names nothing; name the batch: (self, batch)"
+            )
     positional: list[str] = []
     keywords: list[str] = []
     unknown: list[str] = []
@@ -283,6 +305,10 @@ def _wanted(function: Callable[..., Any], role: Role, where: str) -> tuple[tuple
                 unknown.append(p.name)
         elif p.kind is inspect.Parameter.KEYWORD_ONLY or any(q not in offered for q in _before(parameters, p)):
             keywords.append(p.name)
+            if p.kind is inspect.Parameter.POSITIONAL_ONLY:
+                raise MarkError(
+                    f"{where}, marked @{role.name}: {p.name!r} can only be given by position, after another"
+                )
         else:
             positional.append(p.name)
     if unknown:
@@ -324,10 +350,7 @@ def _refuse_doubles(hooks: Iterable[Hook]) -> None:
 
 def _where(thing: object, name: str, function: object) -> str:
     """`Class.method (file:line)`."""
-    if isinstance(function, (staticmethod, classmethod)):
-        function = function.__func__
-    elif isinstance(function, property):
-        function = function.fget
+    function = wrapped(function)
     code = getattr(inspect.unwrap(function) if callable(function) else function, "__code__", None)
     line = f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""
     return f"{type(thing).__name__}.{name}{line}"
@@ -469,18 +492,32 @@ def _functions(thing: object) -> dict[str, Any]:
 
 def _warn_of_undecorated(thing: object) -> None:
     marked = _marked(thing)
+    for name, (value, marks) in marked.items():
+        if name in getattr(thing, "__dict__", {}):
+            warn(
+                f"{_where(thing, name, value)}, marked @{marks[0].role}, is hidden by an attribute of the instance, "
+                f"which is not called; to replace it, use ld.attach(…, {marks[0].role}=…)"
+            )
     attached = {a.mark.role for a in _attached(thing).values()}
+    carried = {mark.role for _, marks in marked.values() for mark in marks}
     for name, function in _functions(thing).items():
         installed = any(part in function.__code__.co_filename for part in _INSTALLED)
         if name.startswith("_") or name in marked or name in attached or marks_of(function) or installed:
             continue
         if name in ROLES:
             warn(f"{_where(thing, name, function)} has the name of a role but is not decorated; add @ld.{name}")
-        elif role := _near_miss(name):
+        elif (role := _near_miss(name)) and (role not in carried or ROLES[role].kind == "event"):
             warn(f"{_where(thing, name, function)} is not decorated, so lightdeco never calls it; is it @ld.{role}?")
 
 
 def _near_miss(name: str) -> str:
     """The role that a method's name nearly is, or an empty string."""
-    found = difflib.get_close_matches(name, ROLES, n=1, cutoff=0.8 if name.startswith("on_") else 0.82)
-    return found[0] if found and len(found[0]) > 6 else ""
+    if name in _OTHER_NAMES:
+        return _OTHER_NAMES[name]
+    if name.endswith(("_start", "_end")) and f"on_{name}" in ROLES:
+        return f"on_{name}"
+    event = name.startswith("on_")
+    words = [role for role in ROLES if role.startswith("on_") is event]
+    # Methods are called `on_…` for one purpose only; other names mean something else more often than not.
+    found = difflib.get_close_matches(name, words, n=1, cutoff=0.8 if event else 0.9)
+    return found[0] if found else ""

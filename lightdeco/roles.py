@@ -122,6 +122,9 @@ ROLES: Final[dict[str, Role]] = {
 STAGE_STEP: Final = {"train": "training_step", "val": "validation_step", "test": "test_step", "predict": "predict_step"}
 STAGE_LOADER: Final = {stage: f"{stage}_dataloader" for stage in STAGE_STEP}
 
+#: The way of a batch to the device: an event, the override, an event.
+TRANSFER: Final = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
 #: What each verb cannot do without, and the stage of the data that it is named after.
 REQUIRED: Final[dict[str, tuple[str, ...]]] = {
     "fit": ("training_step", "configure_optimizers"),

@@ -171,13 +171,14 @@ class Run:
     @contextmanager
     def forgetting(self) -> Iterator[None]:
         """Put metrics and the counts of events back at the end, as if nothing had happened meanwhile."""
-        kept = [(live, dict(live)) for live in (self.metrics, self.prog_bar, self.progress.calls)]
+        lives: list[dict[str, Any]] = [self.metrics, self.prog_bar, self.progress.calls]
+        kept = [(live, live.copy()) for live in lives]
         try:
             yield
         finally:
             for live, before in kept:
                 live.clear()
-                live.update(before)  # type: ignore[arg-type]
+                live.update(before)
 
     @contextmanager
     def during(self, stage: str, means: metrics.Means | None) -> Iterator[None]:
@@ -220,7 +221,7 @@ class Run:
     def _log_now(self, name: str, value: Any, reduce: str) -> None:
         """Outside of batches: into the record that is being made, or as a record of its own."""
         if is_metric(value):
-            number = float(value.compute())
+            number = metrics.computed(name, value)
         else:
             metrics.check(name, value, reduce)
             number = float(value.detach() if isinstance(value, torch.Tensor) else value)

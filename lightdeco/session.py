@@ -14,12 +14,13 @@ from torch import nn
 
 from . import launch, loggers, seeds
 from .data import loaders, split, to_device
+from .data.loader import Loader
 from .errors import DataError, MarkError, SettingsError, StepError, warn
-from .loader import Loader
+from .limits import expected
 from .loggers.masking import mask
 from .optim import Optim, clip, needs_closure, read_optimizers, step_scheduler
 from .plan import Plan, discover, is_marked
-from .roles import STAGE_LOADER, STAGE_STEP, VERB_STAGE
+from .roles import STAGE_LOADER, STAGE_STEP, TRANSFER, VERB_STAGE
 from .run import Run, active
 from .settings import Settings
 from .steps import Steps, modes_of, restore_modes
@@ -45,11 +46,13 @@ class Session:
     optim: Optim = field(init=False)
     loaders: dict[str, tuple[Loader, ...]] = field(default_factory=dict)
     transfer: Call | None = None
-    """Moves a batch to the device; None when there is nothing to move."""
+    """Moves (batch, device, dataloader_idx); None when the batch is already where it belongs."""
     reseed: Callable[[int], object] = torch.default_generator.manual_seed
 
     closure: bool = False
     """Whether the optimizer's step gets a closure."""
+    steps_before: int = 0
+    """`global_step` when the last epoch ended."""
     recent: list[tuple[int, int, int]] = field(default_factory=list)
     """(epoch, batch, global_step) of each micro-batch since losses were last checked."""
 
@@ -66,13 +69,26 @@ class Session:
         recent, self.recent = self.recent, []
         if self.settings.on_nan != "raise" or self.run.means is None:
             return
-        bad = self.run.means.first_bad("train/loss")
+        bad = self.run.means.first_bad()
         if bad is not None:
-            epoch, batch, step = recent[bad]
+            epoch, batch, step = recent[min(bad, len(recent) - 1)]
             raise StepError(
                 f"the training loss was not finite (NaN or infinite) at batch {batch} of epoch {epoch}, "
                 f"global_step {step}; "
                 "detect_anomaly=True finds the operation, on_nan='skip' leaves such updates out"
+            )
+
+    def refuse_no_progress(self) -> None:
+        """Refuse an epoch in which every update was skipped: with `max_steps` alone such a run would never end.
+
+        Raises:
+            StepError: no update of the epoch that just ended was made.
+        """
+        before, self.steps_before = self.steps_before, self.run.global_step
+        if self.run.progress.skipped_updates and self.run.global_step == before:
+            raise StepError(
+                f"on_nan='skip' left out every update of epoch {self.run.epoch - 1}; the weights or the data are not "
+                "finite: see which with on_nan='raise' and detect_anomaly=True"
             )
 
     def where(self, role: str) -> str:
@@ -169,14 +185,18 @@ def _set_up(s: Session, writes: bool, stack: ExitStack) -> None:
     accelerator = run.accelerator = launch.make_accelerator(settings, arguments)
     run.device = accelerator.device
     s.steps = Steps(model, {role: s.plan.step(role, run) for role in STAGE_STEP.values() if role in call})
-    s.wrapped = accelerator.prepare_model(s.steps)
+    wrapped = accelerator.prepare_model(s.steps)
+    # Not wrapped, it has no hooks of its own either: its `__call__` would only cost time.
+    s.wrapped = s.steps.forward if wrapped is s.steps else wrapped
     s.reseed = seeds.reseeder(run.device)
-    s.transfer = _transfer(s)
+    if run.device.type != "cpu" or any(s.plan.all(role) for role in TRANSFER):
+        s.transfer = s.plan.transfer(run, run.progress.calls, _move)
 
     for stage in _stages(s):
         load(s, stage)
     stack.callback(close_loaders, s)
     if s.plan.verb == "fit":
+        run.num_train_batches = expected(settings, s.loaders["train"], "train")
         _optimization(s)
         if not model.training:
             warn(f"{type(model).__name__} was in eval mode; it is put into train() as a whole for training")
@@ -233,22 +253,6 @@ def close_loaders(s: Session) -> None:
 
 def _move(batch: Any, device: torch.device, dataloader_idx: int) -> Any:
     return to_device(batch, device, non_blocking=True)
-
-
-def _transfer(s: Session) -> Call | None:
-    device, call = s.run.device, s.call
-    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-    if device.type == "cpu" and not any(s.plan.all(role) for role in hooks):
-        return None  # the batch is where it belongs
-    before, after = call[hooks[0]], call[hooks[2]]
-    move: Call = call.get(hooks[1], _move)
-
-    def transfer(batch: Any, dataloader_idx: int) -> Any:
-        batch = before(batch, device, dataloader_idx)
-        batch = move(batch, device, dataloader_idx)
-        return after(batch, device, dataloader_idx)
-
-    return transfer
 
 
 # ---- optimisation ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ A step called on the user's own model would silently lose what the wrapper does:
 synchronisation, FSDP's gathering. Also here: what a step may return, and how it is read.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from numbers import Real
 from typing import Any, Final, NamedTuple
@@ -35,10 +35,11 @@ class Steps(nn.Module):
 
 
 class Result(NamedTuple):
-    """What a step returned, read: the loss (None for evaluation without one), the scalars to log, the weights."""
+    """What a step returned, read: the loss (None for evaluation without one), what is logged, the weights."""
 
     loss: Tensor | None
-    scalars: list[tuple[str, Any]]
+    scalars: Sequence[tuple[str, Any]]
+    metrics: Sequence[tuple[str, Any]]
     weight: Any
     batch_size: int | None
 
@@ -67,21 +68,25 @@ def read_result(outputs: object, where: str) -> Result:
                 f"{where} returned a tensor of shape {tuple(outputs.shape)}; return a scalar loss, such as its "
                 "mean() over the batch, or a dict"
             )
-        return Result(outputs, [("loss", outputs)], None, None)
+        return Result(outputs, (("loss", outputs),), (), None, None)
     if outputs is None:
-        return Result(None, [], None, None)
+        return Result(None, (), (), None, None)
     if not isinstance(outputs, Mapping):
         raise StepError(f"{where} returned a {type(outputs).__name__}; return a scalar loss or a dict of values")
     return _read_dict(outputs, where)
 
 
 def _read_dict(outputs: Mapping[Any, Any], where: str) -> Result:
-    scalars = []
+    scalars, metrics = [], []
     for key, value in outputs.items():
         if not isinstance(key, str):
             raise StepError(f"{where} returned a dict with the key {key!r}; keys must be str")
-        if key not in RESERVED and (is_scalar(value) or is_metric(value)):
+        if key in RESERVED:
+            continue
+        if is_scalar(value):
             scalars.append((key, value))
+        elif is_metric(value):
+            metrics.append((key, value))
     loss = outputs.get("loss")
     if loss is not None and not (isinstance(loss, Tensor) and is_scalar(loss)):
         shown = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
@@ -95,7 +100,7 @@ def _read_dict(outputs: Mapping[Any, Any], where: str) -> Result:
         raise StepError(f'{where} returned "weight": {weight!r}; allowed: a finite number of at least 0')
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise StepError(f'{where} returned "batch_size": {size!r}; allowed: an int of at least 1')
-    return Result(loss, scalars, weight, size)
+    return Result(loss, scalars, metrics, weight, size)
 
 
 def training_loss(result: Result, where: str) -> Tensor:

@@ -65,6 +65,13 @@ def test_every_role_and_event_has_a_decorator() -> None:
         assert all(argument in documentation for argument in (*role.offers, "run", "model")), name
 
 
+def test_no_public_name_is_collected_as_a_test() -> None:
+    """`from lightdeco import test_step` in a test file must not make pytest call it."""
+    names = [name for name in ld.__all__ if name.startswith("test")]
+    assert len(names) >= 3
+    assert not any(getattr(getattr(ld, name), "__test__", True) for name in names)
+
+
 def test_the_options_of_training_step() -> None:
     """`optimizer`, `every` and `manual` are kept in the mark; wrong ones are refused where they are written."""
     marked = ld.training_step(optimizer="disc", every=2, manual=True)(lambda self: None)
@@ -241,7 +248,9 @@ def test_none_makes_room_for_the_role_under_another_name() -> None:
     class One(Two):
         step = None  # type: ignore[assignment]
 
-    with pytest.raises(ld.MarkError, match=r"Two\.step \(.*test_marks\.py:\d+\) and Two\.mine \(.*test_marks\.py:\d+\)"):
+    with pytest.raises(
+        ld.MarkError, match=r"Two\.step \(.*test_marks\.py:\d+\) and Two\.mine \(.*test_marks\.py:\d+\)"
+    ):
         called(Two())
     assert called(One()) == ["mine"] * 2
 

@@ -24,9 +24,9 @@ from torch.utils.data import (
 )
 
 from lightdeco import seeds
-from lightdeco.combined import CombinedLoader
+from lightdeco.data.combined import CombinedLoader
+from lightdeco.data.loader import Loader
 from lightdeco.errors import DataError
-from lightdeco.loader import Loader
 
 SEED, SIZE = 7, 10
 WORKERS: list[dict[str, Any]] = [

@@ -29,7 +29,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from . import seeds
+from lightdeco import seeds
 from .fetch import Fetch, SeededDataset, SeededStream, WorkerInit
 
 Batches = Generator[Any, None, None]

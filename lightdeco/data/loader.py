@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch.utils.data import DataLoader
 
-from . import seeds
+from lightdeco import seeds
 from .combined import CombinedLoader, rounds
 from .rebuilt import Batches, IndexedSource, StreamedSource, end_workers, is_stream, prepared, rebuildable, release
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from . import seeds
+from lightdeco import seeds
 
 _WORKER = 5
 
@@ -36,8 +36,7 @@ class SeededDataset(Dataset[Any]):
         read_many = getattr(self.inner, "__getitems__", None)
         if read_many:
             return read_many(fetch.index)
-        inner = self.inner
-        return [inner[i] for i in fetch.index]
+        return list(map(self.inner.__getitem__, fetch.index))  # a comprehension would be one more frame above an error
 
 
 class SeededStream(IterableDataset[Any]):

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from .combined import CombinedLoader as CombinedLoader
 from .combined import check_loader, is_array, is_several
-from .errors import DataError, nearest
+from lightdeco.errors import DataError, nearest
 from .loader import Loader
 
 STAGES = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}

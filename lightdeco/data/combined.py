@@ -8,7 +8,7 @@ import numpy
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from .errors import DataError, nearest
+from lightdeco.errors import DataError, nearest
 
 Mode = Literal["min_size", "max_size", "max_size_cycle", "sequential"]
 _END = object()
