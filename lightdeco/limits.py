@@ -23,19 +23,19 @@ class Limits:
     """Whether training has come to its end, and why."""
 
     def __init__(self, settings: Settings, run: Run) -> None:
-        self._settings, self._run = settings, run
+        self._settings, self._run, self._progress = settings, run, run.progress
+        self._max_steps = float("inf") if settings.max_steps is None else settings.max_steps
         seconds = settings.max_seconds
         self._deadline = None if seconds is None else time.monotonic() + seconds
 
     def reached(self) -> str | None:
         """Asked after each batch: the reason to stop now, or None."""
-        settings, run = self._settings, self._run
-        if settings.max_steps is not None and run.global_step >= settings.max_steps:
+        if self._progress.global_step >= self._max_steps:
             return "max_steps"
         if self._deadline is not None and time.monotonic() >= self._deadline:
             return "max_time"
-        if run.should_stop and self._enough():
-            return run.stop_reason or "should_stop"
+        if self._run.should_stop and self._enough():
+            return self._run.stop_reason or "should_stop"
         return None
 
     def between_epochs(self) -> str | None:

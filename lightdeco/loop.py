@@ -54,6 +54,8 @@ import torch
 from torch import Tensor, nn
 
 from . import seeds
+from .data import batch_size_of
+from .data.loader import Loader
 from .errors import DataError
 from .limits import SKIP_EPOCH, Limits, accumulation, cut, expected, val_interval
 from .metrics import Means
@@ -63,7 +65,7 @@ from .roles import STAGE_STEP
 from .run import Run, active
 from .session import Session, opened, prepare, reload
 from .settings import Settings, resolve
-from .steps import Result, evaluating, no_grad, read_result, training_loss
+from .steps import Result, evaluating, no_grad, read_result
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -73,6 +75,15 @@ if TYPE_CHECKING:
 
 #: What stands for * in the events of each stage's evaluation.
 _EVENT: Final = {"val": "validation", "test": "test", "predict": "predict"}
+
+#: The events of a training batch, but for the update's.
+_TRAIN_BATCH: Final = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_train_batch_end",
+)
 
 _END: Final = object()
 
@@ -166,51 +177,52 @@ def predict(
 def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
     """Train one epoch; False when it was stopped before its end."""
     run, call, progress, settings = s.run, s.call, s.run.progress, s.settings
-    optimizer, where = s.optim.optimizer, s.where("training_step")
-    (loader,) = s.loaders["train"]
-    window = Window(accumulation(settings, progress.epoch))
+    optimizer, where, (loader,) = s.optim.optimizer, s.where("training_step"), s.loaders["train"]
+    # Looked up once: between two steps the caches are cold, and each look-up on the way costs as much as a small kernel.
+    step_seed, reseed, step, transfer, zero_grad, backward = s.step_seed, s.reseed, s.wrapped, s.transfer, *s.gradients
+    on_start, on_before_zero, on_before, on_after, on_end = (s.heard(name) for name in _TRAIN_BATCH)
+    window, size = Window(accumulation(settings, progress.epoch)), accumulation(settings, progress.epoch)
     order = 0 if settings.overfit_batches else progress.epoch
     skipped = False
     with closing(loader.batches(order, progress.batch)) as batches:
         left = islice(batches, cut(settings, loader, "train", progress.batch))
-        # Looking one batch ahead tells which is the last; without accumulation nobody needs to know.
-        tagged = map(loader.tagged, left)
-        pairs: Iterator[Any] = pairwise(chain(tagged, (_END,))) if window.size > 1 else zip(tagged, repeat(None))
-        for (batch, dataloader_idx), following in pairs:
-            batch_idx, last = progress.batch, following is _END
+        for batch, dataloader_idx, last in _marked_last(left, loader, size > 1):
+            batch_idx, seed = progress.batch, step_seed(progress.micro_batch)
             run.batch, run.batch_idx = batch, batch_idx
-            seed = seeds.step_seed(run.seed, run.rank, progress.micro_batch)
-            if s.transfer is not None:
-                s.reseed(seed)
-                run.batch = batch = s.transfer(batch, run.device, dataloader_idx)
-            if call["on_train_batch_start"](batch, batch_idx, dataloader_idx) is SKIP_EPOCH:
+            if transfer is not None:
+                reseed(seed)
+                run.batch = batch = transfer(batch, run.device, dataloader_idx)
+            if on_start is not None and on_start(batch, batch_idx, dataloader_idx) is SKIP_EPOCH:
                 skipped = True
                 break
             if window.count == 0:
-                call["on_before_zero_grad"](optimizer)
-                call["optimizer_zero_grad"](optimizer)
+                if on_before_zero is not None:
+                    on_before_zero(optimizer)
+                zero_grad()
 
-            s.reseed(seed)
-            outputs = s.wrapped("training_step", batch, batch_idx, dataloader_idx, None)
-            result = read_result(outputs, where)
-            loss = training_loss(result, where)
-            weight = _log(run, "train/", result)
-            s.recent.append((progress.epoch, batch_idx, progress.global_step + 1))
-
-            loss = window.scale(loss, weight, last)
-            call["on_before_backward"](loss, optimizer)
-            call["backward"](loss, optimizer)
-            call["on_after_backward"](optimizer)
+            reseed(seed)
+            outputs = step("training_step", batch, batch_idx, dataloader_idx, None)
+            loss, weight = _log(run, "train/", read_result(outputs, where, training=True))
+            if size > 1:
+                loss = window.scale(loss, weight, last)
+            if on_before is not None:
+                on_before(loss, optimizer)
+            backward(loss)
+            if on_after is not None:
+                on_after(optimizer)
 
             progress.micro_batch += 1
             progress.batch += 1
-            updated = window.complete(last) and _update(s, window, loss, (batch, batch_idx, dataloader_idx), seed)
-            call["on_train_batch_end"](batch, batch_idx, dataloader_idx, outputs)
+            updated = False
+            if size == 1 or window.complete(last):
+                updated = _update(s, window, loss, (batch, batch_idx, dataloader_idx), seed)
+            if on_end is not None:
+                on_end(batch, batch_idx, dataloader_idx, outputs)
             run.batch = None
 
             if updated and progress.global_step % settings.log_every_n_steps == 0:
                 _record_window(s)
-            elif len(s.recent) >= 50 * window.size:
+            elif updated and progress.global_step >= s.checked_step + 50:
                 s.refuse_nan()
             if interval and progress.batch % interval == 0 and s.validates():
                 s.refuse_nan()
@@ -224,10 +236,20 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
     return True
 
 
+def _marked_last(batches: Iterator[Any], loader: Loader, look_ahead: bool) -> Iterator[tuple[Any, int, bool]]:
+    """(batch, dataloader_idx, whether it is the last): for the last, one batch is read ahead where it must be known."""
+    if look_ahead or loader.several:
+        following: Iterator[Any] = ((batch, loader.dataloader_idx) for batch in batches)
+        pairs = pairwise(chain(following, (None,))) if look_ahead else zip(following, repeat(()))
+        return ((batch, index, after is None) for (batch, index), after in pairs)
+    return zip(batches, repeat(0), repeat(False))
+
+
 def _update(s: Session, window: Window, loss: Tensor, inputs: tuple[Any, int, int], seed: int) -> bool:
     """Update the weights at the end of a window; False when the update was skipped."""
     call, progress, optim, optimizer = s.call, s.run.progress, s.optim, s.optim.optimizer
-    window.normalise(optimizer)
+    if window.size > 1:
+        window.normalise(optimizer)
     if s.settings.on_nan == "skip" and not bool(torch.isfinite(loss) & finite_gradients(optimizer)):  # waits
         progress.skipped_updates += 1
         window.begin()
@@ -240,7 +262,8 @@ def _update(s: Session, window: Window, loss: Tensor, inputs: tuple[Any, int, in
         call["optimizer_step"](optimizer, closure)
     else:
         optimizer.step()
-    window.begin()
+    if window.size > 1:
+        window.begin()
     progress.global_step += 1
     if optim.scheduler is not None and optim.interval == "step" and progress.global_step % optim.every == 0:
         call["lr_scheduler_step"](optim.scheduler, monitored(optim, s.run.metrics))
@@ -251,10 +274,12 @@ def _evaluate_again(s: Session, window: Window, inputs: tuple[Any, int, int], se
     """Loss and gradients at the present weights, for a closure; the same randomness as the first time."""
     optimizer, where = s.optim.optimizer, s.where("training_step")
     window.refuse_several(where)
-    s.call["optimizer_zero_grad"](optimizer)
+    zero_grad, backward = s.gradients
+    zero_grad()
     s.reseed(seed)
-    loss = training_loss(read_result(s.wrapped("training_step", *inputs, None), where), where)
-    s.call["backward"](loss, optimizer)
+    loss = read_result(s.wrapped("training_step", *inputs, None), where, training=True)[0]
+    assert loss is not None
+    backward(loss)
     if "clip_gradients" in s.call:
         s.call["clip_gradients"](optimizer)
     return loss
@@ -262,7 +287,6 @@ def _evaluate_again(s: Session, window: Window, inputs: tuple[Any, int, int], se
 
 def _end_epoch(s: Session, interval: int | None) -> None:
     run, call, progress, optim = s.run, s.call, s.run.progress, s.optim
-    assert run.means is not None
     s.refuse_nan()
     means = run.means.epoch(suffix="_epoch")
     if interval is None and s.validates():
@@ -276,27 +300,29 @@ def _end_epoch(s: Session, interval: int | None) -> None:
     if optim.scheduler is not None and optim.interval == "epoch" and (progress.epoch + 1) % optim.every == 0:
         call["lr_scheduler_step"](optim.scheduler, monitored(optim, run.metrics))
     progress.epoch += 1
-    progress.batch = 0
+    progress.batch = s.checked_batch = 0
     s.refuse_no_progress()
 
 
 def _record_window(s: Session) -> None:
-    assert s.run.means is not None
     s.refuse_nan()
     s.run.record("train", s.run.means.window())
 
 
-def _log(run: Run, prefix: str, result: Result) -> Any:
-    """Log the scalars and metrics of a step's result; returns the weight of the batch."""
-    assert run.means is not None
-    weight = None
-    if result.scalars:
-        weight = run.size_of_batch(result.batch_size) if result.weight is None else result.weight
-    for name, value in result.scalars:
-        run.means.add_scalar(prefix + name, value, weight)
-    for name, metric in result.metrics:
+def _log(run: Run, prefix: str, result: Result) -> tuple[Any, Any]:
+    """Log the scalars and metrics of a step's result; returns its loss and the weight of the batch."""
+    loss, scalars, metrics, weight, size = result
+    if weight is None and scalars:
+        weight = size or batch_size_of(run.batch) or run.size_of_batch()
+    for name, value in scalars:
+        series = run.means.series.get(prefix + name)
+        if series is None:
+            run.means.add(prefix + name, value, weight)
+        else:
+            series.add(value, weight)
+    for name, metric in metrics:
         run.means.add(prefix + name, metric, 1)
-    return weight
+    return loss, weight
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -382,5 +408,5 @@ def _predict(plan: Plan, given: Mapping[str, object], settings: Settings) -> Ite
 @contextmanager
 def _inside(s: Session) -> Iterator[None]:
     """The process as `predict` needs it, between two outputs that it hands to the caller."""
-    with s.process.entered(), active(s.run), s.run.during("predict", None), evaluating(s.run.model):
+    with s.process.entered(), active(s.run), s.run.during("predict", Means(s.run.device)), evaluating(s.run.model):
         yield

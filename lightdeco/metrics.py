@@ -138,7 +138,7 @@ class Means:
 
     def __init__(self, device: torch.device, watch: str | None = None) -> None:
         self._device, self._watch = device, watch
-        self._series: dict[str, Series] = {}
+        self.series: dict[str, Series] = {}
         self._metrics: dict[str, Any] = {}
 
     def add(
@@ -149,14 +149,14 @@ class Means:
         Raises:
             StepError: the value is no scalar, or `reduce` is no way to reduce.
         """
-        series = self._series.get(name)
+        series = self.series.get(name)
         if series is None:
             if is_metric(value):
                 self._metrics[name] = value
                 return
             check(name, value, reduce)
             watched = name == self._watch
-            series = self._series[name] = Series(self._device, reduce, on_step, on_epoch, watched)
+            series = self.series[name] = Series(self._device, reduce, on_step, on_epoch, watched)
         elif not is_scalar(value):
             check(name, value, reduce)
         elif series.reduce != reduce:
@@ -164,18 +164,10 @@ class Means:
             raise StepError(f"ld.log({name!r}, reduce={reduce!r}): it was logged with reduce={series.reduce!r} before")
         series.add(value, weight)
 
-    def add_scalar(self, name: str, value: Any, weight: Any) -> None:
-        """`add` of a value that is known to be a scalar, as a mean by step and by epoch: on the path of every step."""
-        series = self._series.get(name)
-        if series is None:
-            self.add(name, value, weight)
-        else:
-            series.add(value, weight)
-
     def window(self) -> dict[str, float]:
         """The means since the last call, of what is recorded by step. Waits for the device once."""
         self._read()
-        found = {name: s.take("window") for name, s in self._series.items() if s.on_step}
+        found = {name: s.take("window") for name, s in self.series.items() if s.on_step}
         return {name: value for name, value in found.items() if value is not None}
 
     def epoch(self, suffix: str = "") -> dict[str, float]:
@@ -184,7 +176,7 @@ class Means:
         Names of what is also recorded by step get the suffix. Waits for the device.
         """
         self._read()
-        found = {n + suffix if s.on_step else n: s.take("epoch") for n, s in self._series.items() if s.on_epoch}
+        found = {n + suffix if s.on_step else n: s.take("epoch") for n, s in self.series.items() if s.on_epoch}
         values = {name: value for name, value in found.items() if value is not None}
         for name, metric in self._metrics.items():
             values[name] = computed(name, metric)
@@ -195,11 +187,11 @@ class Means:
     def first_bad(self) -> int | None:
         """The index of the first NaN or infinite value of the watched metric since the last call. Waits."""
         self._read()
-        return self._series[self._watch].first_bad() if self._watch in self._series else None
+        return self.series[self._watch].first_bad() if self._watch in self.series else None
 
     def _read(self) -> None:
         """Read everything that is pending, at once."""
-        waiting = [(s, pending) for s in self._series.values() if (pending := s.pending()) is not None]
+        waiting = [(s, pending) for s in self.series.values() if (pending := s.pending()) is not None]
         if not waiting:
             return
         like = waiting[0][1][0]

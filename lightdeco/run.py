@@ -84,7 +84,7 @@ class Run:
         self.prog_bar: dict[str, float] = {}
         self.optims: dict[str, Optim] = {}
         self.accelerator: Accelerator | None = None
-        self.means: metrics.Means | None = None
+        self.means = metrics.Means(self.device)
         self.batch: Any = None  # the present batch, for its size; None outside of batches
         self.collected: dict[str, float] | None = None  # takes what is logged while an epoch's record is made
         self._dir: Path | None = None
@@ -141,7 +141,7 @@ class Run:
         self.loggers.close(status)
         if self._file is not None:
             self._file.close()
-        self.accelerator, self.means, self.batch, self.optims = None, None, None, {}
+        self.accelerator, self.means, self.batch, self.optims = None, metrics.Means(self.device), None, {}
 
     def record(self, stage: str, values: Mapping[str, float]) -> None:
         """Write one record to the history, `metrics.jsonl` and the loggers."""
@@ -181,7 +181,7 @@ class Run:
                 live.update(before)
 
     @contextmanager
-    def during(self, stage: str, means: metrics.Means | None) -> Iterator[None]:
+    def during(self, stage: str, means: metrics.Means) -> Iterator[None]:
         """Make a stage and its means the present ones; those before come back at the end."""
         before = self.stage, self.means, self.batch, self.batch_idx
         self.stage, self.means, self.batch, self.batch_idx = stage, means, None, 0
@@ -208,7 +208,7 @@ class Run:
             )
         if prog_bar:
             self._shown.add(name)
-        if self.batch is None or self.means is None:
+        if self.batch is None:
             self._log_now(name, value, reduce)
             return
         training = self.stage == "train"

@@ -56,6 +56,26 @@ def step_seed(seed: int, rank: int, micro_batch: int) -> int:
     return _mix(_STEP, seed, rank, micro_batch)
 
 
+class StepSeeds:
+    """`step_seed` of one run as a function of the micro-batch alone; works out 64 at a time, which is faster.
+
+    >>> StepSeeds(seed=3, rank=0)(100) == step_seed(3, 0, 100)
+    True
+    """
+
+    def __init__(self, seed: int, rank: int) -> None:
+        self._seed, self._rank, self._first = seed, rank, 0
+        self._ahead: list[int] = []
+
+    def __call__(self, micro_batch: int) -> int:
+        """The seed (32 bits) of a micro-batch."""
+        place = micro_batch - self._first
+        if not 0 <= place < len(self._ahead):
+            self._first, place = micro_batch, 0
+            self._ahead = [step_seed(self._seed, self._rank, k) for k in range(micro_batch, micro_batch + 64)]
+        return self._ahead[place]
+
+
 def eval_seed(seed: int, loader: int, batch: int) -> int:
     """The seed of torch's randomness in a validation, test or predict step (32 bits).
 

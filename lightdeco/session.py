@@ -7,16 +7,18 @@ order of the lines, and ends them again.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from . import launch, loggers, seeds
 from .data import loaders, split, to_device
 from .data.loader import Loader
 from .errors import DataError, MarkError, SettingsError, StepError, warn
-from .limits import expected
+from .limits import accumulation, expected
 from .loggers.masking import mask
 from .optim import Optim, clip, needs_closure, read_optimizers, step_scheduler
 from .plan import Plan, discover, is_marked
@@ -49,16 +51,25 @@ class Session:
     """Moves (batch, device, dataloader_idx); None when the batch is already where it belongs."""
     reseed: Callable[[int], object] = torch.default_generator.manual_seed
 
+    gradients: tuple[Callable[[], object], Callable[[Any], object]] = field(init=False)
+    """How gradients are cleared, and made from a loss: torch's own functions, or the overrides."""
     closure: bool = False
     """Whether the optimizer's step gets a closure."""
     steps_before: int = 0
     """`global_step` when the last epoch ended."""
-    recent: list[tuple[int, int, int]] = field(default_factory=list)
-    """(epoch, batch, global_step) of each micro-batch since losses were last checked."""
+    checked_batch: int = 0
+    """Batches of the epoch that were done when losses were last checked; `checked_step` likewise."""
+    checked_step: int = 0
+    step_seed: Callable[[int], int] = field(init=False)
+    """The seed of a training step by its micro-batch."""
 
     def validates(self) -> bool:
         """Whether this epoch has a validation."""
         return "val" in self.loaders and (self.run.epoch + 1) % self.settings.check_val_every_n_epoch == 0
+
+    def heard(self, event: str) -> Call | None:
+        """What to call for an event, or None where nobody listens."""
+        return self.call[event] if self.plan.all(event) else None
 
     def refuse_nan(self) -> None:
         """Check the losses since the last check together. Waits for the device.
@@ -66,16 +77,16 @@ class Session:
         Raises:
             StepError: one was not finite, and `on_nan` is "raise"; the message names the first.
         """
-        recent, self.recent = self.recent, []
-        if self.settings.on_nan != "raise" or self.run.means is None:
+        batch, step, run = self.checked_batch, self.checked_step, self.run
+        self.checked_batch, self.checked_step = run.progress.batch, run.global_step
+        if self.settings.on_nan != "raise":
             return
-        bad = self.run.means.first_bad()
+        bad = run.means.first_bad()
         if bad is not None:
-            epoch, batch, step = recent[min(bad, len(recent) - 1)]
+            step += bad // accumulation(self.settings, run.epoch) + 1
             raise StepError(
-                f"the training loss was not finite (NaN or infinite) at batch {batch} of epoch {epoch}, "
-                f"global_step {step}; "
-                "detect_anomaly=True finds the operation, on_nan='skip' leaves such updates out"
+                f"the training loss was not finite (NaN or infinite) at batch {batch + bad} of epoch {run.epoch}, "
+                f"global_step {step}; detect_anomaly=True finds the operation, on_nan='skip' leaves such updates out"
             )
 
     def refuse_no_progress(self) -> None:
@@ -189,6 +200,7 @@ def _set_up(s: Session, writes: bool, stack: ExitStack) -> None:
     # Not wrapped, it has no hooks of its own either: its `__call__` would only cost time.
     s.wrapped = s.steps.forward if wrapped is s.steps else wrapped
     s.reseed = seeds.reseeder(run.device)
+    s.step_seed = seeds.StepSeeds(run.seed, run.rank)
     if run.device.type != "cpu" or any(s.plan.all(role) for role in TRANSFER):
         s.transfer = s.plan.transfer(run, run.progress.calls, _move)
 
@@ -270,8 +282,7 @@ def _optimization(s: Session) -> None:
         warn("gradient_clip_algorithm has no effect without gradient_clip_val")
     if value is not None and "clip_gradients" not in call:
         call["clip_gradients"] = lambda optimizer: clip(optimizer, value, algorithm)
-    call.setdefault("backward", lambda loss, optimizer: loss.backward())
-    call.setdefault("optimizer_zero_grad", lambda optimizer: optimizer.zero_grad())
+    s.gradients = _gradients(call, s.optim.optimizer)
     call.setdefault("lr_scheduler_step", step_scheduler)
     s.closure = "optimizer_step" in call or needs_closure(s.optim.optimizer)
     call.setdefault("optimizer_step", lambda optimizer, closure: optimizer.step(closure))
@@ -280,3 +291,13 @@ def _optimization(s: Session) -> None:
         raise SettingsError(
             f"accumulate_grad_batches: {kind} evaluates each batch several times, so it cannot accumulate"
         )
+
+
+def _gradients(call: dict[str, Call], optimizer: Optimizer) -> tuple[Callable[[], object], Callable[[Any], object]]:
+    clear: Callable[[], object] = optimizer.zero_grad
+    if "optimizer_zero_grad" in call:
+        clear = partial(call["optimizer_zero_grad"], optimizer)
+    if "backward" not in call:
+        return clear, torch.Tensor.backward
+    override = call["backward"]
+    return clear, lambda loss: override(loss, optimizer)

@@ -7,7 +7,7 @@ synchronisation, FSDP's gathering. Also here: what a step may return, and how it
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from numbers import Real
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +34,9 @@ class Steps(nn.Module):
         return method(*positional, **keywords)
 
 
-class Result(NamedTuple):
-    """What a step returned, read: the loss (None for evaluation without one), what is logged, the weights."""
-
-    loss: Tensor | None
-    scalars: Sequence[tuple[str, Any]]
-    metrics: Sequence[tuple[str, Any]]
-    weight: Any
-    batch_size: int | None
+#: What a step returned, read: the loss (None for evaluation without one), the scalars and the torchmetrics objects to
+#: log, by name, and the "weight" and "batch_size" if the step gave them. A plain tuple: one is made for each step.
+Result: TypeAlias = tuple[Tensor | None, Sequence[tuple[str, Any]], Sequence[tuple[str, Any]], Any, int | None]
 
 
 def is_metric(value: object) -> bool:
@@ -56,24 +51,41 @@ def is_scalar(value: object) -> bool:
     return isinstance(value, Real)
 
 
-def read_result(outputs: object, where: str) -> Result:
-    """Read what any step returned; `where` names the step in errors.
+def read_result(outputs: object, where: str, training: bool = False) -> Result:
+    """Read what a step returned; `where` names the step in errors.
 
     Raises:
-        StepError: not a scalar tensor, not a dict with str keys, or a reserved key with a wrong value.
+        StepError: not a scalar tensor, not a dict with str keys, or a reserved key with a wrong value; in training also
+            no loss, or a loss without gradient.
     """
     if isinstance(outputs, Tensor):
-        if not is_scalar(outputs):
+        if outputs.numel() != 1:
             raise StepError(
                 f"{where} returned a tensor of shape {tuple(outputs.shape)}; return a scalar loss, such as its "
                 "mean() over the batch, or a dict"
             )
-        return Result(outputs, (("loss", outputs),), (), None, None)
-    if outputs is None:
-        return Result(None, (), (), None, None)
-    if not isinstance(outputs, Mapping):
+        if training and not outputs.requires_grad:
+            raise _no_gradient(where)
+        return outputs, (("loss", outputs),), (), None, None
+    if isinstance(outputs, Mapping):
+        result = _read_dict(outputs, where)
+    elif outputs is None:
+        result = None, (), (), None, None
+    else:
         raise StepError(f"{where} returned a {type(outputs).__name__}; return a scalar loss or a dict of values")
-    return _read_dict(outputs, where)
+    loss = result[0]
+    if training and loss is None:
+        raise StepError(f'{where} returned no loss; return a scalar tensor, or a dict with one under "loss"')
+    if training and loss is not None and not loss.requires_grad:
+        raise _no_gradient(where)
+    return result
+
+
+def _no_gradient(where: str) -> StepError:
+    return StepError(
+        f"{where} returned a loss without gradient: it depends on no parameter that requires grad; look for "
+        ".item(), .detach(), torch.no_grad() or frozen parameters on the way to it"
+    )
 
 
 def _read_dict(outputs: Mapping[Any, Any], where: str) -> Result:
@@ -100,24 +112,7 @@ def _read_dict(outputs: Mapping[Any, Any], where: str) -> Result:
         raise StepError(f'{where} returned "weight": {weight!r}; allowed: a finite number of at least 0')
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise StepError(f'{where} returned "batch_size": {size!r}; allowed: an int of at least 1')
-    return Result(loss, scalars, metrics, weight, size)
-
-
-def training_loss(result: Result, where: str) -> Tensor:
-    """The loss of a training step.
-
-    Raises:
-        StepError: there is none, or it has no gradient.
-    """
-    loss = result.loss
-    if loss is None:
-        raise StepError(f'{where} returned no loss; return a scalar tensor, or a dict with one under "loss"')
-    if not loss.requires_grad:
-        raise StepError(
-            f"{where} returned a loss without gradient: it depends on no parameter that requires grad; look for "
-            ".item(), .detach(), torch.no_grad() or frozen parameters on the way to it"
-        )
-    return loss
+    return loss, scalars, metrics, weight, size
 
 
 def modes_of(model: nn.Module) -> list[tuple[nn.Module, bool]]:

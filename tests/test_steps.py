@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lightdeco as ld
-from lightdeco.steps import Steps, evaluating, read_result, training_loss
+from lightdeco.steps import Steps, evaluating, read_result
 
 QUIET: Any = {"logger": False, "progress_bar": False, "summary": False, "max_epochs": 1}
 BATCHES = [torch.ones(4, 2)] * 2
@@ -206,11 +206,11 @@ def test_a_training_step_without_a_result_is_refused_and_an_evaluation_step_may_
 
 def test_an_evaluation_needs_no_gradient_and_no_loss() -> None:
     """A dict of metrics without "loss" is enough."""
-    result = read_result({"acc": torch.tensor(0.5)}, "here")
-    assert result.loss is None
-    assert [name for name, _ in result.scalars] == ["acc"]
+    loss, scalars, *_ = read_result({"acc": torch.tensor(0.5)}, "here")
+    assert loss is None
+    assert [name for name, _ in scalars] == ["acc"]
     with pytest.raises(ld.StepError, match="here returned no loss"):
-        training_loss(result, "here")
+        read_result({"acc": torch.tensor(0.5)}, "here", training=True)
 
 
 # ---- the wrapper and modes -------------------------------------------------------------------------------------------

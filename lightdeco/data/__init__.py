@@ -130,7 +130,7 @@ def batch_size_of(batch: Any) -> int | None:
         batch = batch[0]  # the usual (x, y): 0.3 µs
     if isinstance(batch, Tensor):
         return batch.size(0) if batch.dim() else 1
-    if isinstance(batch, list | tuple):
+    if isinstance(batch, (list, tuple)):
         parts: Iterable[Any] = batch
     elif isinstance(batch, Mapping):
         parts = batch.values()

@@ -42,6 +42,7 @@ class Loader:
         length: what `len()` says, or None where it is not known. It is a claim: iteration decides.
         exact: whether a position is reached without reading the data before it.
         one_shot: whether it can be read only once (a generator, say).
+        several: whether batches come from several loaders one after another, so that `dataloader_idx` changes.
 
     >>> loader = Loader([10, 20, 30], seed=0)
     >>> list(loader.batches(epoch=0, start=1)), loader.length
@@ -52,6 +53,7 @@ class Loader:
         self.name = name
         self.length = _length(loader)
         self.one_shot = _one_shot(loader)
+        self.several = isinstance(loader, CombinedLoader) and loader.mode == "sequential"
         self._seed = seed
         self._source = _source(loader)
         self.exact = self._source.exact
@@ -67,10 +69,6 @@ class Loader:
         Errors of the user's code pass through unchanged.
         """
         return self._source.batches(self._seed, epoch, start)
-
-    def tagged(self, batch: Any) -> tuple[Any, int]:
-        """The batch that was just read with its `dataloader_idx`, for those who read ahead."""
-        return batch, self.dataloader_idx
 
     def close(self) -> None:
         """End the workers that persist over epochs; a later `batches` starts them again."""

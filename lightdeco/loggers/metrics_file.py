@@ -14,6 +14,9 @@ _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _TEXT_FIELDS = frozenset({"stage"})
 
 
+_JSON = json.JSONEncoder(allow_nan=False)  # json.dumps would make one for each record
+
+
 class MetricsFile:
     """Appends records to a file, one JSON line each, handed to the system when `write` returns.
 
@@ -50,7 +53,7 @@ class MetricsFile:
 
         A write that fails is one `LightdecoWarning` for this file; it does not raise.
         """
-        line = json.dumps({key: _encode(value) for key, value in record.items()}, allow_nan=False)
+        line = _JSON.encode({key: _encode(value) for key, value in record.items()})
         try:
             self._lines.append(line.encode() + b"\n")
         except (OSError, ValueError) as error:  # ValueError: the file is closed
@@ -92,7 +95,7 @@ def read(path: str | Path) -> list[dict[str, object]]:
 
 
 def _encode(value: object) -> object:
-    if value is None or isinstance(value, bool | str):
+    if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, int):
         return int(value)
