@@ -15,6 +15,15 @@
 """
 
 from . import loggers, seeds
+from .attach import (
+    attach,
+)
+from .current import (
+    log,
+    log_dict,
+    optimizers,
+    schedulers,
+)
 from .data import (
     CombinedLoader,
 )
@@ -31,9 +40,6 @@ from .errors import (
 )
 from .launch import (
     rank_zero_only,
-)
-from .limits import (
-    SKIP_EPOCH,
 )
 from .loop import (
     fit,
@@ -113,15 +119,11 @@ from .mixins import (
 from .optim import (
     Optim,
 )
-from .plan import (
-    attach,
+from .roles import (
+    SKIP_EPOCH,
 )
 from .run import (
     Run,
-    log,
-    log_dict,
-    optimizers,
-    schedulers,
 )
 from .seeds import (
     seed_everything,

@@ -10,9 +10,17 @@ LightdecoError
 └── LaunchError      starting or joining processes
 """
 
+import contextlib
 import difflib
+import os
+import sys
 import warnings
 from collections.abc import Iterable
+from types import FrameType
+from typing import Final
+
+#: Code that no warning points at: lightdeco, and contextlib, through which lightdeco calls itself.
+_PASSED: Final = (os.path.dirname(os.path.abspath(__file__)) + os.sep, contextlib.__file__)
 
 
 class LightdecoError(Exception):
@@ -58,9 +66,20 @@ class LightdecoWarning(UserWarning):
 
 
 def warn(message: str) -> None:
-    """Warn once per message and place, pointing at the code outside lightdeco."""
+    """Warn once per message and place, pointing at the line outside lightdeco from which it was called."""
     # Verbs and loop lie between the warning and the user's call: the depth differs, so no stacklevel fits all.
-    warnings.warn(message, LightdecoWarning, stacklevel=3)
+    place: FrameType = sys._getframe(1)
+    while place.f_back is not None and place.f_code.co_filename.startswith(_PASSED):
+        place = place.f_back
+    names = place.f_globals
+    warnings.warn_explicit(
+        message,
+        LightdecoWarning,
+        filename=place.f_code.co_filename,
+        lineno=place.f_lineno,
+        module=names.get("__name__", "<unknown>"),
+        registry=names.setdefault("__warningregistry__", {}),
+    )
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

@@ -2,21 +2,12 @@
 
 import time
 from collections.abc import Sequence
-from enum import Enum
-from typing import Final
 
 from .data.loader import Loader
 from .errors import SettingsError, warn
+from .roles import SKIP_EPOCH as SKIP_EPOCH
 from .run import Run
 from .settings import Settings
-
-
-class _Skip(Enum):
-    EPOCH = "SKIP_EPOCH"
-
-
-#: Returned by an `on_train_batch_start` event, it ends the epoch before that batch.
-SKIP_EPOCH: Final = _Skip.EPOCH
 
 
 class Limits:

@@ -54,18 +54,20 @@ import torch
 from torch import Tensor, nn
 
 from . import seeds
+from .current import active
 from .data import batch_size_of
 from .data.loader import Loader
 from .errors import DataError
 from .limits import SKIP_EPOCH, Limits, accumulation, cut, expected, val_interval
 from .metrics import Means
+from .opening import opened, prepare, reload, warn_without_effect
 from .optim import Closure, Window, finite_gradients, monitored
 from .plan import Plan
 from .roles import STAGE_STEP
-from .run import Run, active
-from .session import Session, opened, prepare, reload
+from .run import Run
+from .session import Session
 from .settings import Settings, resolve
-from .steps import Result, evaluating, no_grad, read_result
+from .steps import evaluating, no_grad, read_result
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -124,6 +126,7 @@ def fit(
             call["on_train_epoch_start"]()
             if not _train_epoch(s, limits, interval):
                 _record_window(s)
+                run.means.forget()
                 reason = limits.reached()
                 break
             _end_epoch(s, interval)
@@ -152,6 +155,7 @@ vars(test)["__test__"] = False  # pytest must not collect it
 
 def _evaluation(verb: str, model: nn.Module, data: Any, settings: Settings | None, overrides: Any) -> dict[str, float]:
     resolved = resolve(settings, overrides)
+    warn_without_effect(verb, overrides)
     plan, given = prepare(verb, model, data, resolved)
     writes = bool(overrides.get("logger"))  # an evaluation writes files only when it is asked to, in this very call
     with opened(plan, given, resolved, writes) as s, s.process.entered(), active(s.run):
@@ -167,6 +171,7 @@ def predict(
     generator releases its workers.
     """
     resolved = resolve(settings, overrides)
+    warn_without_effect("predict", overrides)
     plan, given = prepare("predict", model, data, resolved)
     return _predict(plan, given, resolved)
 
@@ -176,18 +181,18 @@ def predict(
 
 def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
     """Train one epoch; False when it was stopped before its end."""
-    run, call, progress, settings = s.run, s.call, s.run.progress, s.settings
+    run, progress, settings = s.run, s.run.progress, s.settings
     optimizer, where, (loader,) = s.optim.optimizer, s.where("training_step"), s.loaders["train"]
-    # Looked up once: between two steps the caches are cold, and each look-up on the way costs as much as a small kernel.
-    step_seed, reseed, step, transfer, zero_grad, backward = s.step_seed, s.reseed, s.wrapped, s.transfer, *s.gradients
+    # Looked up once: between two steps the caches are cold, and a look-up costs as much as a small kernel.
+    reseed, step, transfer, (zero_grad, backward) = s.reseed, s.wrapped, s.transfer, s.gradients
     on_start, on_before_zero, on_before, on_after, on_end = (s.heard(name) for name in _TRAIN_BATCH)
-    window, size = Window(accumulation(settings, progress.epoch)), accumulation(settings, progress.epoch)
-    order = 0 if settings.overfit_batches else progress.epoch
-    skipped = False
-    with closing(loader.batches(order, progress.batch)) as batches:
+    size, skipped = accumulation(settings, progress.epoch), False
+    window = Window(size)
+    with closing(loader.batches(0 if settings.overfit_batches else progress.epoch, progress.batch)) as batches:
         left = islice(batches, cut(settings, loader, "train", progress.batch))
-        for batch, dataloader_idx, last in _marked_last(left, loader, size > 1):
-            batch_idx, seed = progress.batch, step_seed(progress.micro_batch)
+        step_seeds = seeds.step_seeds(run.seed, run.rank, progress.micro_batch)
+        for (batch, dataloader_idx, last), seed in zip(_marked_last(left, loader, size > 1), step_seeds, strict=False):
+            batch_idx = progress.batch
             run.batch, run.batch_idx = batch, batch_idx
             if transfer is not None:
                 reseed(seed)
@@ -202,7 +207,7 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
 
             reseed(seed)
             outputs = step("training_step", batch, batch_idx, dataloader_idx, None)
-            loss, weight = _log(run, "train/", read_result(outputs, where, training=True))
+            loss, weight = _log(run, "train/", outputs, where, training=True)
             if size > 1:
                 loss = window.scale(loss, weight, last)
             if on_before is not None:
@@ -213,8 +218,11 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
 
             progress.micro_batch += 1
             progress.batch += 1
-            updated = False
-            if size == 1 or window.complete(last):
+            updated = size == 1
+            if s.plain_update and updated:
+                optimizer.step()
+                progress.global_step += 1
+            elif updated or window.complete(last):
                 updated = _update(s, window, loss, (batch, batch_idx, dataloader_idx), seed)
             if on_end is not None:
                 on_end(batch, batch_idx, dataloader_idx, outputs)
@@ -231,9 +239,13 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
                 return progress.batch == run.num_train_batches
     run.batch = None
     if progress.batch == 0 and not skipped:
-        again = "; an iterator can be read only once: give a list or a DataLoader" if progress.epoch else ""
-        raise DataError(f"the train loader yielded no batch in epoch {progress.epoch}{again}")
+        raise _empty(progress.epoch)
     return True
+
+
+def _empty(epoch: int) -> DataError:
+    again = "; an iterator can be read only once: give a list or a DataLoader" if epoch else ""
+    return DataError(f"the train loader yielded no batch in epoch {epoch}{again}")
 
 
 def _marked_last(batches: Iterator[Any], loader: Loader, look_ahead: bool) -> Iterator[tuple[Any, int, bool]]:
@@ -309,17 +321,17 @@ def _record_window(s: Session) -> None:
     s.run.record("train", s.run.means.window())
 
 
-def _log(run: Run, prefix: str, result: Result) -> tuple[Any, Any]:
-    """Log the scalars and metrics of a step's result; returns its loss and the weight of the batch."""
-    loss, scalars, metrics, weight, size = result
+def _log(run: Run, prefix: str, outputs: Any, where: str, training: bool = False) -> tuple[Any, Any]:
+    """Read what a step returned and log it; returns the loss and the weight of the batch."""
+    if training and type(outputs) is Tensor and outputs.requires_grad and outputs.numel() == 1:  # the usual case
+        weight = batch_size_of(run.batch) or run.size_of_batch()
+        run.means.watched.add(outputs, weight)
+        return outputs, weight
+    loss, scalars, metrics, weight, size = read_result(outputs, where, training)
     if weight is None and scalars:
         weight = size or batch_size_of(run.batch) or run.size_of_batch()
     for name, value in scalars:
-        series = run.means.series.get(prefix + name)
-        if series is None:
-            run.means.add(prefix + name, value, weight)
-        else:
-            series.add(value, weight)
+        run.means.add_mean(prefix + name, value, weight)
     for name, metric in metrics:
         run.means.add(prefix + name, metric, 1)
     return loss, weight
@@ -376,7 +388,7 @@ def _evaluate_batch(s: Session, stage: str, batch: Any, batch_idx: int, index: i
         outputs = s.steps(role, batch, batch_idx, index)
         if stage != "predict":
             name = s.loaders[stage][index].name
-            _log(run, f"{stage}/" if name is None else f"{stage}/{name}/", read_result(outputs, s.where(role)))
+            _log(run, f"{stage}/" if name is None else f"{stage}/{name}/", outputs, s.where(role))
         call[f"{event}_batch_end"](batch, batch_idx, index, outputs)
     run.batch = None
     return outputs

@@ -77,8 +77,17 @@ class _Decorator(Protocol):
     def __call__(self) -> Callable[[F], F]: ...
 
 
+def _no_options(role: str, options: dict[str, object]) -> str:
+    given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    if ROLES[role].kind == "event" and set(options) == {"every"}:
+        return f'@{role}({given}): write @ld.on("{role.removeprefix("on_")}", {given})'
+    return f"@{role}({given}): this decorator takes no options; write @ld.{role}"
+
+
 def _decorator(role: str) -> _Decorator:
-    def decorate(function: Any = None, /) -> Any:
+    def decorate(function: Any = None, /, **options: object) -> Any:
+        if options:
+            raise MarkError(_no_options(role, options))
         mark = Mark(role)
         if function is None:
             return lambda function: _write(function, mark)
@@ -100,9 +109,12 @@ def training_step(
 ) -> Any:
     """Mark the method that computes the training loss of a batch.
 
-    It may ask by name for: batch, batch_idx, dataloader_idx, carry, run, model; its first parameter may have any name
-    and gets the batch. It returns the loss (a scalar tensor, the mean over its batch) or a dict with `"loss"`, whose
-    other scalars are logged as `train/<key>`. Reserved keys: `loss`, `weight`, `batch_size`, `carry`.
+    It may ask by name for: batch, batch_idx, dataloader_idx, run, model (and, with `split_batch`, carry: not available
+    yet); its first parameter may have any name and gets the batch. It returns the loss (a scalar tensor, the mean over
+    its batch) or a dict with `"loss"`, whose other scalars are logged as `train/<key>`. Reserved keys: `loss`,
+    `weight`, `batch_size`, `carry`.
+
+    Options are not available yet: verbs refuse a step that has one.
 
     Args:
         optimizer: with several optimizers, the name of the one that this step is for.
@@ -117,6 +129,8 @@ def training_step(
     ...     @ld.training_step
     ...     def step(self, batch): ...
     """
+    if isinstance(function, str):
+        raise MarkError(f'@training_step("{function}"): write @ld.training_step(optimizer="{function}")')
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise MarkError(f"@training_step(every={every!r}): allowed: an integer of at least 1")
     if optimizer is not None and not isinstance(optimizer, str):
@@ -139,7 +153,7 @@ def on(event: str, *, every: int = 1) -> Callable[[F], F]:
     events = [role.name for role in ROLES.values() if role.kind == "event"]
     name = event if isinstance(event, str) and event.startswith("on_") else f"on_{event}"
     if name not in events:
-        raise MarkError(f"there is no event {event!r}{nearest(name, events)}; the events: {', '.join(events)}")
+        raise MarkError(f"there is no event {event!r}; allowed: {', '.join(events)}{nearest(name, events)}")
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise MarkError(f"@on({event!r}, every={every!r}): allowed: an integer of at least 1")
     return lambda function: _write(function, Mark(name, every=every))

@@ -42,6 +42,11 @@ _REDUCE: Final[dict[str, Callable[[Tensor], Tensor]]] = {
 class Series:
     """One metric of one stage: single values in a buffer on the device, and what was read of the earlier ones."""
 
+    __slots__ = (
+        "_bad", "_buffer", "_folded", "_kept", "_remote", "_seen", "_slots", "_totals", "_watched", "_weights",
+        "on_epoch", "on_step", "reduce",
+    )  # fmt: skip
+
     def __init__(self, device: torch.device, reduce: str, on_step: bool, on_epoch: bool, watched: bool) -> None:
         self.reduce, self.on_step, self.on_epoch, self._watched = reduce, on_step, on_epoch, watched
         dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -62,14 +67,12 @@ class Series:
         if n == _CAPACITY:
             self._fold()
             n = 0
-        if isinstance(value, Tensor):
-            if self._remote and value.is_cpu:
-                self._slots[n].fill_(value.item())  # read from where it is; to copy it would wait for the device
-            else:
-                value = value.detach()
-                self._slots[n].copy_(value if value.dim() == 0 else value.reshape(()))
-        else:
+        if not isinstance(value, Tensor):
             self._slots[n].fill_(float(value))
+        elif self._remote and value.is_cpu:
+            self._slots[n].fill_(value.item())  # read from where it is; to copy it would wait for the device
+        else:
+            self._slots[n].copy_(value.detach() if value.dim() == 0 else value.detach().reshape(()))
         self._weights.append(weight.detach().clone() if isinstance(weight, Tensor) else weight)
 
     def _fold(self) -> None:
@@ -138,7 +141,9 @@ class Means:
 
     def __init__(self, device: torch.device, watch: str | None = None) -> None:
         self._device, self._watch = device, watch
-        self.series: dict[str, Series] = {}
+        #: The watched metric, a mean by step and by epoch.
+        self.watched = Series(device, "mean", True, True, watched=True)
+        self.series: dict[str, Series] = {} if watch is None else {watch: self.watched}
         self._metrics: dict[str, Any] = {}
 
     def add(
@@ -155,14 +160,21 @@ class Means:
                 self._metrics[name] = value
                 return
             check(name, value, reduce)
-            watched = name == self._watch
-            series = self.series[name] = Series(self._device, reduce, on_step, on_epoch, watched)
+            series = self.series[name] = Series(self._device, reduce, on_step, on_epoch, watched=False)
         elif not is_scalar(value):
             check(name, value, reduce)
         elif series.reduce != reduce:
             check(name, value, reduce)
             raise StepError(f"ld.log({name!r}, reduce={reduce!r}): it was logged with reduce={series.reduce!r} before")
         series.add(value, weight)
+
+    def add_mean(self, name: str, value: Any, weight: Any) -> None:
+        """`add` of what is known to be a scalar, as a mean by step and by epoch: on the way of every step."""
+        series = self.series.get(name)
+        if series is None:
+            self.add(name, value, weight)
+        else:
+            series.add(value, weight)
 
     def window(self) -> dict[str, float]:
         """The means since the last call, of what is recorded by step. Waits for the device once."""
@@ -184,19 +196,25 @@ class Means:
         self._metrics.clear()
         return values
 
+    def forget(self) -> None:
+        """Reset torchmetrics objects without a record, at the end of an epoch that was cut short."""
+        for metric in self._metrics.values():
+            metric.reset()
+        self._metrics.clear()
+
     def first_bad(self) -> int | None:
         """The index of the first NaN or infinite value of the watched metric since the last call. Waits."""
         self._read()
-        return self.series[self._watch].first_bad() if self._watch in self.series else None
+        return self.watched.first_bad()
 
     def _read(self) -> None:
         """Read everything that is pending, at once."""
         waiting = [(s, pending) for s in self.series.values() if (pending := s.pending()) is not None]
         if not waiting:
             return
-        like = waiting[0][1][0]
         on_device = [t for _, pair in waiting for t in pair if isinstance(t, Tensor)]
-        numbers = iter(torch.stack([t.to(like, non_blocking=True).reshape(()) for t in on_device]).tolist())
+        read = torch.stack(on_device).tolist() if len(on_device) > 1 else [on_device[0].item()]
+        numbers = iter(read)
         for series, (_, weight) in waiting:
             series.settle(next(numbers), next(numbers) if isinstance(weight, Tensor) else weight)
 

@@ -1,21 +1,14 @@
 """The optional mixins, for those who like methods on the model; the functions and verbs of the package do the same."""
 
 import inspect
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from . import loop, metrics, run
+from . import current, loop, metrics
 from .errors import LightdecoError, nearest
-from .run import Run
-from .settings import Settings
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from .settings import Overrides
 
 
 class LogMixin:
@@ -32,7 +25,7 @@ class LogMixin:
         batch_size: int | None = None,
     ) -> None:
         """Log a scalar; see `lightdeco.log`."""
-        run.log(name, value, prog_bar, on_step, on_epoch, reduce, batch_size)
+        current.log(name, value, prog_bar, on_step, on_epoch, reduce, batch_size)
 
     def log_dict(
         self,
@@ -44,7 +37,7 @@ class LogMixin:
         batch_size: int | None = None,
     ) -> None:
         """Log several scalars; see `lightdeco.log_dict`."""
-        run.log_dict(values, prog_bar, on_step, on_epoch, reduce, batch_size)
+        current.log_dict(values, prog_bar, on_step, on_epoch, reduce, batch_size)
 
 
 class OptimizerMixin:
@@ -52,11 +45,11 @@ class OptimizerMixin:
 
     def optimizers(self) -> Optimizer | dict[str, Optimizer]:
         """The optimizer of the running `fit`, or a dict of several by name."""
-        return run.optimizers()
+        return current.optimizers()
 
     def lr_schedulers(self) -> Any:
         """The scheduler of the running `fit` (None without one), or a dict of several by name."""
-        return run.schedulers()
+        return current.schedulers()
 
 
 class Hparams(dict[str, Any]):
@@ -114,33 +107,10 @@ class HparamsMixin:
 class TrainerMixin:
     """The verbs as methods: `net.fit(data, max_epochs=3)` is `ld.fit(net, data, max_epochs=3)`."""
 
-    def fit(self, data: Any = None, *, settings: Settings | None = None, **overrides: "Unpack[Overrides]") -> Run:
-        """Train this module; see `lightdeco.fit`."""
-        return loop.fit(_module(self), data, settings=settings, **overrides)
-
-    def validate(
-        self, data: Any = None, *, settings: Settings | None = None, **overrides: "Unpack[Overrides]"
-    ) -> dict[str, float]:
-        """Evaluate on validation data; see `lightdeco.validate`."""
-        return loop.validate(_module(self), data, settings=settings, **overrides)
-
-    def test(
-        self, data: Any = None, *, settings: Settings | None = None, **overrides: "Unpack[Overrides]"
-    ) -> dict[str, float]:
-        """Evaluate on test data; see `lightdeco.test`."""
-        return loop.test(_module(self), data, settings=settings, **overrides)
-
-    def predict(
-        self, data: Any = None, *, settings: Settings | None = None, **overrides: "Unpack[Overrides]"
-    ) -> Iterator[Any]:
-        """Yield one output per batch; see `lightdeco.predict`."""
-        return loop.predict(_module(self), data, settings=settings, **overrides)
-
-
-def _module(thing: object) -> nn.Module:
-    if not isinstance(thing, nn.Module):
-        raise LightdecoError(f"{type(thing).__name__} has TrainerMixin but is no torch.nn.Module; inherit from both")
-    return thing
+    fit = loop.fit
+    validate = loop.validate
+    test = loop.test
+    predict = loop.predict
 
 
 class LightdecoMixin(LogMixin, OptimizerMixin, HparamsMixin, TrainerMixin):

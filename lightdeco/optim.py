@@ -148,7 +148,8 @@ def _lightning(value: Mapping[str, Any], where: str) -> Optim:
 def _known(given: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
     for key in given:
         if key not in allowed:
-            raise MarkError(f"{where} returned a dict with {key!r}{nearest(str(key), allowed)}; allowed: {allowed}")
+            hint = nearest(str(key), allowed)
+            raise MarkError(f"{where} returned a dict with {key!r}; allowed: {', '.join(allowed)}{hint}")
 
 
 def _scheduler(thing: object, where: str) -> None:
@@ -288,7 +289,7 @@ def monitored(optim: Optim, metrics: Mapping[str, float]) -> float | None:
     name = optim.monitor or default
     if name not in metrics:
         known = ", ".join(sorted(metrics)) or "none yet"
-        raise SettingsError(f"Optim(monitor={name!r}) was never recorded{nearest(name, metrics)}; recorded: {known}")
+        raise SettingsError(f"Optim(monitor={name!r}) was never recorded; recorded: {known}{nearest(name, metrics)}")
     return metrics[name]
 
 

@@ -4,10 +4,19 @@ Decorators, discovery, error messages, the loop and the documentation all read t
 """
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Final, Literal
 
 Kind = Literal["step", "configure", "override", "data", "event"]
 Owner = Literal["model", "data", "callback"]
+
+
+class _Skip(Enum):
+    EPOCH = "SKIP_EPOCH"
+
+
+#: Returned by an `on_train_batch_start` event, it ends the epoch before that batch.
+SKIP_EPOCH: Final = _Skip.EPOCH
 
 #: What every role and event may ask for, besides what the table lists for it.
 ALWAYS: Final = ("run", "model")

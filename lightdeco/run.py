@@ -1,7 +1,4 @@
-"""`Run`: what events and steps get when they ask for `run`, and what `fit` returns. `Progress`: where it stands.
-
-Also here: the logging functions that work anywhere below a verb, which talk to the run that is active in this process.
-"""
+"""`Run`: what events and steps get when they ask for `run`, and what `fit` returns. `Progress`: where it stands."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -12,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from . import metrics
 from .data import batch_size_of
@@ -31,7 +27,7 @@ if TYPE_CHECKING:
 RESERVED_NAMES = ("stage", "epoch", "step", "time")
 
 
-@dataclass
+@dataclass(slots=True)
 class Progress:
     """Where a run stands: the few integers that drive the loop, are what is logged, and are what a checkpoint saves."""
 
@@ -212,6 +208,12 @@ class Run:
             self._log_now(name, value, reduce)
             return
         training = self.stage == "train"
+        if training and name == "train/loss":
+            raise StepError(
+                "ld.log('train/loss'): the loss that the step returns is logged under this name; log no other"
+            )
+        if is_metric(value) and on_epoch is False:
+            raise StepError(f"ld.log({name!r}, on_epoch=False): a torchmetrics object is recorded once per epoch")
         if on_step and not training:
             warn(f"ld.log({name!r}, on_step=True) has no effect in a {self.stage} step: evaluations are recorded once")
         by_step = training and on_step is not False and not (on_step is None and is_metric(value))
@@ -292,93 +294,3 @@ class Run:
 def _check_name(name: object) -> None:
     if not isinstance(name, str) or not name or name in RESERVED_NAMES:
         raise StepError(f"ld.log got the name {name!r}; allowed: a str that is not empty and none of {RESERVED_NAMES}")
-
-
-# ---- the active run --------------------------------------------------------------------------------------------------
-
-# A plain module-level variable: reading a ContextVar inside a compiled step would break its graph.
-_active: Run | None = None
-
-
-@contextmanager
-def active(run: Run) -> Iterator[None]:
-    """Make `run` the one that `ld.log` and the like talk to; a verb inside a verb has a run of its own."""
-    global _active
-    before, _active = _active, run
-    try:
-        yield
-    finally:
-        _active = before
-
-
-def log(
-    name: str,
-    value: Any,
-    prog_bar: bool = False,
-    on_step: bool | None = None,
-    on_epoch: bool | None = None,
-    reduce: metrics.Reduce = "mean",
-    batch_size: int | None = None,
-) -> None:
-    """Log a scalar under the name as given, from anywhere below a verb; outside a run this does nothing.
-
-    Args:
-        name: how it is recorded; not one of `stage`, `epoch`, `step`, `time`.
-        value: a number, a tensor of one element on any device, or a torchmetrics `Metric`, which is computed and reset
-            at the end of the epoch.
-        prog_bar: show it in the progress bar.
-        on_step: record the mean since the last record every `log_every_n_steps`. Default: in training, yes.
-        on_epoch: record the mean over the epoch; the name gets `_epoch` when `on_step` holds as well. Default: yes.
-        reduce: "mean" (weighted by the batch's samples), "sum", "min", "max" or "last".
-        batch_size: samples in this batch, when it is not the first dimension of the batch's first tensor.
-
-    In an epoch-end event the value joins the epoch's record; in other events it is a record of its own.
-
-    Raises:
-        StepError: a wrong name, value or reduction.
-        DataError: the number of samples is unknown.
-
-    >>> import lightdeco as ld
-    >>> ld.log("outside/a/run", 1.0)
-    """
-    if _active is not None:
-        _active.log(name, value, prog_bar, on_step, on_epoch, reduce, batch_size)
-
-
-def log_dict(
-    values: Mapping[str, Any],
-    prog_bar: bool = False,
-    on_step: bool | None = None,
-    on_epoch: bool | None = None,
-    reduce: metrics.Reduce = "mean",
-    batch_size: int | None = None,
-) -> None:
-    """Log several scalars at once, each as `log` does."""
-    for name, value in values.items():
-        log(name, value, prog_bar, on_step, on_epoch, reduce, batch_size)
-
-
-def optimizers() -> Optimizer | dict[str, Optimizer]:
-    """The optimizer of the active run, or a dict of several by name.
-
-    Raises:
-        LightdecoError: no `fit` is active, or it has no optimizers yet.
-    """
-    found = {name: optim.optimizer for name, optim in _optims().items()}
-    return found[""] if list(found) == [""] else found
-
-
-def schedulers() -> Any:
-    """The scheduler of the active run (None without one), or a dict of several by name.
-
-    Raises:
-        LightdecoError: no `fit` is active, or it has no optimizers yet.
-    """
-    found = {name: optim.scheduler for name, optim in _optims().items()}
-    return found[""] if list(found) == [""] else found
-
-
-def _optims() -> dict[str, Optim]:
-    if _active is None or not _active.optims:
-        raise LightdecoError("there is no optimizer: ld.optimizers() and ld.schedulers() work inside a running ld.fit")
-    return _active.optims

@@ -91,8 +91,8 @@ def _no_gradient(where: str) -> StepError:
 def _read_dict(outputs: Mapping[Any, Any], where: str) -> Result:
     scalars, metrics = [], []
     for key, value in outputs.items():
-        if not isinstance(key, str):
-            raise StepError(f"{where} returned a dict with the key {key!r}; keys must be str")
+        if not isinstance(key, str) or not key:
+            raise StepError(f"{where} returned a dict with the key {key!r}; keys must be str, and not empty")
         if key in RESERVED:
             continue
         if is_scalar(value):

@@ -207,7 +207,7 @@ def test_pickle_leaves_the_functions_out() -> None:
     """Also lambdas, which pickle refuses; the object that comes back has no role."""
     model = ld.attach(nn.Linear(2, 1), training_step=lambda m, batch: step(m, batch), configure_optimizers=sgd)
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
-        assert b"lightdeco.plan" not in pickle.dumps(model, protocol)
+        assert b"lightdeco." not in pickle.dumps(model, protocol)
     again = pickle.loads(pickle.dumps(model))
     with pytest.raises(ld.MarkError, match="Linear marks none"):
         fit(again)
@@ -235,8 +235,8 @@ def test_a_pickled_object_loads_without_lightdeco() -> None:
 @pytest.mark.parametrize(
     ("thing", "given", "said"),
     [
-        (Foreign(), {"trainig_step": step}, "'trainig_step' is no role; did you mean 'training_step'"),
-        (Foreign(), {"fit_start": step}, "'fit_start' is no role; did you mean 'on_fit_start'"),
+        (Foreign(), {"trainig_step": step}, r"'trainig_step' is no role; allowed: .*; did you mean 'training_step'\?$"),
+        (Foreign(), {"fit_start": step}, r"'fit_start' is no role; allowed: .*; did you mean 'on_fit_start'\?$"),
         (Foreign(), {"training_step": None}, "training_step=None cannot be called"),
         (Foreign(), {"training_step": [step]}, "training_step takes one function, not list"),
         (Foreign(), {"on_fit_start": [step, 3]}, "on_fit_start=3 cannot be called"),

@@ -6,6 +6,7 @@ import io
 import re
 import subprocess
 import sys
+import textwrap
 import types
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import NamedTuple
 import pytest
 
 import lightdeco as ld
+from lightdeco import loop
+from lightdeco.roles import ROLES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -89,6 +92,54 @@ def test_readme_lists_every_setting() -> None:
     rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", README, re.MULTILINE)
     defaults = [(field.name, field.default) for field in fields(ld.Settings)]
     assert [(name, ast.literal_eval(default)) for name, default in rows] == defaults
+
+
+def test_settings_page_lists_every_setting() -> None:
+    """`docs/settings.md` has a row for each field of `Settings` with its type and default, in order, and no other."""
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| `([^`]+)` \| [^|]+ \|$", page, re.MULTILINE)
+    defaults = [(field.name, field.default) for field in fields(ld.Settings)]
+    assert [(name, ast.literal_eval(default)) for name, _, default in rows] == defaults
+    nullable = {name for name, kinds, _ in rows if "None" in kinds.split(", ")}
+    assert nullable == {field.name for field in fields(ld.Settings) if "None" in str(field.type)}
+
+
+def test_marks_page_is_the_table_of_roles() -> None:
+    """`docs/marks.md` has a row for each role and event with exactly the arguments and owners that the code offers."""
+    page = (ROOT / "docs" / "marks.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \| [^|]+ \|$", page, re.MULTILINE)
+    wanted = [
+        (r.name, ", ".join(f"`{name}`" for name in r.offers) or "none", ", ".join(r.owners)) for r in ROLES.values()
+    ]
+    assert rows == wanted
+
+
+def test_loop_page_shows_the_order_of_the_loop() -> None:
+    """The order of events in `docs/loop.md` is that of the docstring of `loop.py`, which a test compares with a run."""
+    page = (ROOT / "docs" / "loop.md").read_text(encoding="utf-8")
+    order = next(block.text for block in blocks(page) if block.info == "text")
+    assert loop.__doc__ is not None
+    assert textwrap.indent(order, "    ") in loop.__doc__
+
+
+def test_errors_page_quotes_messages_of_the_code() -> None:
+    """Each message in `docs/errors.md` is in the source, piece by piece (… stands for what is put in)."""
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    # Joined as Python joins literals that follow each other.
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "lightdeco").rglob("*.py")))
+    code = re.sub(r"""["']\n\s*f?["']""", "", code)
+    messages = re.findall(r"^\| `([^`]+)`", page, re.MULTILINE)
+    pieces = [piece.strip() for message in messages if " " in message for piece in message.split("…")]
+    assert len(messages) > 30
+    assert [piece for piece in pieces if piece not in code] == []
+
+
+def test_index_lists_every_page() -> None:
+    """`docs/README.md` links to each page beside it, and the README links to it."""
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert set(re.findall(r"\]\((\w+\.md)\)", index)) == pages
+    assert "](docs/README.md)" in README
 
 
 def test_readme_is_honest_about_names() -> None:

@@ -81,6 +81,19 @@ def test_the_options_of_training_step() -> None:
             ld.training_step(every=wrong)  # type: ignore[call-overload]
     with pytest.raises(ld.MarkError, match="optimizer"):
         ld.training_step(optimizer=1)  # type: ignore[call-overload]
+    with pytest.raises(ld.MarkError, match=r'write @ld\.training_step\(optimizer="disc"\)'):
+        ld.training_step("disc")  # type: ignore[call-overload]
+
+
+def test_options_of_a_decorator_without_options_are_refused() -> None:
+    """`every` of an event has a spelling of its own, which the message shows."""
+    with pytest.raises(
+        ld.MarkError, match=r'^@on_train_batch_end\(every=3\): write @ld\.on\("train_batch_end", every=3\)$'
+    ):
+        ld.on_train_batch_end(every=3)  # type: ignore[call-overload]
+    for decorate, options in ((ld.setup, {"every": 3}), (ld.on_train_end, {"every": 3, "last": True})):
+        with pytest.raises(ld.MarkError, match=rf"every=3.*takes no options; write @ld\.{decorate.__name__}$"):
+            decorate(**options)
 
 
 @pytest.mark.parametrize("outside", [True, False])
@@ -177,7 +190,9 @@ def test_on_with_every_counts_for_each_object_by_itself() -> None:
 
 def test_on_refuses_wrong_names_and_counts() -> None:
     """The nearest event is named; roles are no events; `@ld.on` without parentheses is told apart."""
-    with pytest.raises(ld.MarkError, match="no event 'train_batch_ends'; did you mean 'on_train_batch_end'"):
+    with pytest.raises(
+        ld.MarkError, match=r"no event 'train_batch_ends'; allowed: .*; did you mean 'on_train_batch_end'\?$"
+    ):
         ld.on("train_batch_ends")
     for wrong in ("training_step", "", lambda self: None):
         with pytest.raises(ld.MarkError, match="there is no event"):

@@ -63,7 +63,7 @@ def test_the_verbs_need_a_module() -> None:
 
     class Bare(ld.TrainerMixin): ...
 
-    with pytest.raises(ld.LightdecoError, match=r"Bare has TrainerMixin but is no torch\.nn\.Module"):
+    with pytest.raises(ld.LightdecoError, match=r"model is a Bare; allowed: a torch\.nn\.Module"):
         Bare().fit(BATCHES, max_epochs=1)
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import lightdeco as ld
+from lightdeco.hooks import UNAVAILABLE
+from lightdeco.roles import ROLES
 
 QUIET: Any = {"logger": False, "progress_bar": False, "summary": False, "max_epochs": 1}
 BATCHES = [torch.ones(4, 2)] * 2
@@ -220,9 +222,9 @@ def test_keywords_take_all_that_is_offered() -> None:
         return self(kwargs["batch"]).mean()
 
     fit(net := with_step(step))
-    assert net.seen == [["carry", "dataloader_idx", "model", "run"]] * 2
+    assert net.seen == [["dataloader_idx", "model", "run"]] * 2
     fit(net := with_step(everything))
-    assert net.seen == [["batch", "batch_idx", "carry", "dataloader_idx", "model", "run"]] * 2
+    assert net.seen == [["batch", "batch_idx", "dataloader_idx", "model", "run"]] * 2
 
 
 @pytest.mark.parametrize(
@@ -248,6 +250,62 @@ def test_an_event_is_given_only_what_its_row_offers() -> None:
     """`loss` is no argument of on_train_start; the error lists what is."""
     message = refusal(type("Net", (Base,), {"start": marked(lambda self, loss: None)})())
     assert "asks for ['loss']; it may ask for ['run', 'model']" in message
+
+
+@pytest.mark.parametrize(
+    ("step", "near"),
+    [
+        (lambda self, batch, batch_index=0: self(batch).mean(), "batch_idx"),
+        (lambda self, batch, *, models=None: self(batch).mean(), "model"),
+    ],
+)
+def test_a_misspelt_argument_with_a_default_warns(step: Any, near: str) -> None:
+    """Its default would be used without a word; the warning has the place and the name that is offered."""
+    with pytest.warns(ld.LightdecoWarning, match=rf"Net\.step \(.*test_plan\.py:\d+\): .* did you mean '{near}'\?$"):
+        fit(with_step(step))
+
+
+def test_an_argument_beside_the_one_that_it_resembles_does_not_warn() -> None:
+    """Whoever asks for `model` as well knows its name; other defaults are the author's own."""
+
+    def step(self: Base, batch: Tensor, model: nn.Module, models: int = 3, weight: float = 1.0) -> Tensor:
+        return self(batch).mean() * models * weight
+
+    assert fit(with_step(step)).global_step == 2
+
+
+# ---- what is not built yet -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in UNAVAILABLE if name in ROLES])
+def test_a_role_that_does_nothing_yet_is_refused(name: str) -> None:
+    """Marked or attached, before the first batch; a submodule may carry it."""
+    assert f"@{name} is not available yet" in refusal(type("Net", (Base,), {"new": getattr(ld, name)(fresh(plain))})())
+    assert f"Base.{name}" in refusal(ld.attach(Base(), **{name: fresh(plain)}))
+
+    class Outer(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = ld.attach(nn.Linear(2, 1), **{name: fresh(plain)})
+
+    assert fit(Outer()).global_step == 2
+
+
+@pytest.mark.parametrize(
+    "step",
+    [lambda self, batch, carry: 0, lambda self, x, *, carry=None: 0, lambda self, carry: 0],
+)
+def test_an_argument_that_is_never_given_yet_is_refused(step: Any) -> None:
+    """`carry` belongs to truncated backpropagation; also with a default, and in the first place."""
+    assert "the argument 'carry' is not available yet" in refusal(with_step(step))
+
+
+@pytest.mark.parametrize("options", [{"optimizer": "disc"}, {"every": 2}, {"manual": True}])
+def test_a_training_step_with_options_is_refused(options: Any) -> None:
+    """Marked and attached alike."""
+    step = ld.training_step(**options)(lambda self, batch: self(batch).mean())
+    assert "is not available yet; mark one training step without" in refusal(type("Net", (Base,), {"step": step})())
+    assert "is not available yet; mark one training step without" in refusal(ld.attach(Base(), training_step=step))
 
 
 # ---- the order of calls ----------------------------------------------------------------------------------------------
@@ -311,3 +369,28 @@ def test_each_hook_before_a_transfer_may_replace_the_batch() -> None:
 
     fit(net := Net(), callbacks=[Plus()], accelerator="cpu")
     assert net.seen == [(11, "cpu", 0)] * 2
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_skip_epoch_wins_over_what_other_events_return(first: bool) -> None:
+    """It is the only result of an event that means something; every event is still called."""
+
+    class Skipping(Base):
+        @ld.on_train_batch_start
+        def one(self) -> Any:
+            self.seen.append("one")
+            return ld.SKIP_EPOCH if first else "other"
+
+        @ld.on_train_batch_start
+        def two(self) -> Any:
+            self.seen.append("two")
+            return "other" if first else ld.SKIP_EPOCH
+
+    class Loud(Base):
+        @ld.on_train_batch_start
+        def one(self) -> Any:
+            return "other"
+
+    assert fit(net := Skipping()).global_step == 0
+    assert net.seen == ["one", "two"]
+    assert fit(Loud()).global_step == 2

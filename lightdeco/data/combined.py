@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightdeco.errors import DataError, nearest
+from lightdeco.roles import STAGE_LOADER
 
 Mode = Literal["min_size", "max_size", "max_size_cycle", "sequential"]
 _END = object()
@@ -150,6 +151,9 @@ def _problem(given: Any) -> str | None:
     if isinstance(given, Mapping):
         return f"a {name} with the keys {list(given)}, where one loader is needed"
     if not hasattr(type(given), "__iter__"):
+        method = next((role for role in STAGE_LOADER.values() if callable(getattr(type(given), role, None))), None)
+        if method is not None:
+            return f"a {name}, which has a method `{method}` that is not decorated; add @ld.{method}"
         if hasattr(type(given), "__getitem__"):
             return f"a {name}, which has __getitem__ but no __iter__, as a dataset has; {wrap}"
         return f"a {name}, which cannot be iterated; give a DataLoader or another iterable of batches"

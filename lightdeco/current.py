@@ -1,0 +1,99 @@
+"""The run that is active in this process, and the functions that talk to it from anywhere below a verb."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch.optim import Optimizer
+
+from .errors import LightdecoError
+from .metrics import Reduce
+from .optim import Optim
+from .run import Run
+
+# A plain module-level variable: reading a ContextVar inside a compiled step would break its graph.
+_active: Run | None = None
+
+
+@contextmanager
+def active(run: Run) -> Iterator[None]:
+    """Make `run` the one that `ld.log` and the like talk to; a verb inside a verb has a run of its own."""
+    global _active
+    before, _active = _active, run
+    try:
+        yield
+    finally:
+        _active = before
+
+
+def log(
+    name: str,
+    value: Any,
+    prog_bar: bool = False,
+    on_step: bool | None = None,
+    on_epoch: bool | None = None,
+    reduce: Reduce = "mean",
+    batch_size: int | None = None,
+) -> None:
+    """Log a scalar under the name as given, from anywhere below a verb; outside a run this does nothing.
+
+    Args:
+        name: how it is recorded; not one of `stage`, `epoch`, `step`, `time`.
+        value: a number, a tensor of one element on any device, or a torchmetrics `Metric`, which is computed and reset
+            at the end of the epoch.
+        prog_bar: show it in the progress bar.
+        on_step: record the mean since the last record every `log_every_n_steps`. Default: in training, yes.
+        on_epoch: record the mean over the epoch; the name gets `_epoch` when `on_step` holds as well. Default: yes.
+        reduce: "mean" (weighted by the batch's samples), "sum", "min", "max" or "last".
+        batch_size: samples in this batch, when it is not the first dimension of the batch's first tensor.
+
+    In an epoch-end event the value joins the epoch's record; in other events it is a record of its own.
+
+    Raises:
+        StepError: a wrong name, value or reduction.
+        DataError: the number of samples is unknown.
+
+    >>> import lightdeco as ld
+    >>> ld.log("outside/a/run", 1.0)
+    """
+    if _active is not None:
+        _active.log(name, value, prog_bar, on_step, on_epoch, reduce, batch_size)
+
+
+def log_dict(
+    values: Mapping[str, Any],
+    prog_bar: bool = False,
+    on_step: bool | None = None,
+    on_epoch: bool | None = None,
+    reduce: Reduce = "mean",
+    batch_size: int | None = None,
+) -> None:
+    """Log several scalars at once, each as `log` does."""
+    for name, value in values.items():
+        log(name, value, prog_bar, on_step, on_epoch, reduce, batch_size)
+
+
+def optimizers() -> Optimizer | dict[str, Optimizer]:
+    """The optimizer of the active run, or a dict of several by name.
+
+    Raises:
+        LightdecoError: no `fit` is active, or it has no optimizers yet.
+    """
+    found = {name: optim.optimizer for name, optim in _optims().items()}
+    return found[""] if list(found) == [""] else found
+
+
+def schedulers() -> Any:
+    """The scheduler of the active run (None without one), or a dict of several by name.
+
+    Raises:
+        LightdecoError: no `fit` is active, or it has no optimizers yet.
+    """
+    found = {name: optim.scheduler for name, optim in _optims().items()}
+    return found[""] if list(found) == [""] else found
+
+
+def _optims() -> dict[str, Optim]:
+    if _active is None or not _active.optims:
+        raise LightdecoError("there is no optimizer: ld.optimizers() and ld.schedulers() work inside a running ld.fit")
+    return _active.optims
