@@ -50,7 +50,8 @@ def attach(thing: T, /, **functions: Any) -> T:
     new = _Attachments(vars(thing).get(ATTACHED, {}))
     for name, given in functions.items():
         if name not in ROLES:
-            raise MarkError(f"ld.attach: {name!r} is no role; allowed: {', '.join(ROLES)}{nearest(name, ROLES)}")
+            hint = nearest(name, ROLES) or f"; allowed: {', '.join(ROLES)}"
+            raise MarkError(f"ld.attach: {name!r} is no role{hint}")
         several = isinstance(given, (list, tuple))
         if several and ROLES[name].kind != "event":
             raise MarkError(f"ld.attach: {name} takes one function, not {type(given).__name__}")

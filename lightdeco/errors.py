@@ -88,5 +88,9 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     >>> nearest("max_epoch", ["max_epochs", "max_steps"])
     "; did you mean 'max_epochs'?"
     """
-    found = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
-    return f"; did you mean {found[0]!r}?" if found else ""
+
+    def alike(other: str) -> float:
+        return difflib.SequenceMatcher(None, word, other).ratio()
+
+    found = max(allowed, key=alike, default="")  # of equally near ones the first
+    return f"; did you mean {found!r}?" if found and alike(found) >= 0.6 else ""

@@ -117,9 +117,10 @@ def fit(
         limits = Limits(resolved, run)
         interval = val_interval(resolved, "val" in s.loaders, run.num_train_batches)
         call["on_fit_start"]()
-        if "val" in s.loaders and resolved.num_sanity_val_steps and not resolved.fast_dev_run:
+        if s.checks_sanity():
             _sanity_check(s)
         run.stage, run.means = "train", Means(run.device, watch="train/loss")
+        run.means.watched.finite_only = resolved.on_nan == "skip"
         call["on_train_start"]()
         while (reason := limits.between_epochs()) is None:
             reload(s)
@@ -351,7 +352,7 @@ def _sanity_check(s: Session) -> None:
 def _evaluate(s: Session, stage: str, sanity: bool = False) -> dict[str, float]:
     """One pass over the loaders of a stage; returns its metrics, recorded unless this is the sanity check."""
     run, call, event = s.run, s.call, f"on_{_EVENT[stage]}"
-    means = Means(run.device)
+    means = Means(run.device, elsewhere=run.means)
     with run.during("sanity" if sanity else stage, means), evaluating(run.model):
         run.num_eval_batches = expected(s.settings, s.loaders[stage], stage, sanity)
         call[f"{event}_start"]()
@@ -362,7 +363,9 @@ def _evaluate(s: Session, stage: str, sanity: bool = False) -> dict[str, float]:
                 for batch_idx, batch in enumerate(islice(batches, limit)):
                     _evaluate_batch(s, stage, batch, batch_idx, index)
             if batch_idx < 0 and limit != 0:
-                raise DataError(f"the {stage} loader{f' {loader.name!r}' if loader.name else ''} yielded no batch")
+                again = "; an iterator can be read only once: give a list or a DataLoader" if loader.one_shot else ""
+                name = f" {loader.name!r}" if loader.name else ""
+                raise DataError(f"the {stage} loader{name} yielded no batch{again}")
         values = means.epoch()
         run.show(values)
         with run.collecting(values):

@@ -153,7 +153,8 @@ def on(event: str, *, every: int = 1) -> Callable[[F], F]:
     events = [role.name for role in ROLES.values() if role.kind == "event"]
     name = event if isinstance(event, str) and event.startswith("on_") else f"on_{event}"
     if name not in events:
-        raise MarkError(f"there is no event {event!r}; allowed: {', '.join(events)}{nearest(name, events)}")
+        hint = nearest(name, events) or f"; allowed: {', '.join(events)}"
+        raise MarkError(f"there is no event {event!r}{hint}")
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise MarkError(f"@on({event!r}, every={every!r}): allowed: an integer of at least 1")
     return lambda function: _write(function, Mark(name, every=every))

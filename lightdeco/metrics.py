@@ -44,7 +44,7 @@ class Series:
 
     __slots__ = (
         "_bad", "_buffer", "_folded", "_kept", "_remote", "_seen", "_slots", "_totals", "_watched", "_weights",
-        "on_epoch", "on_step", "reduce",
+        "finite_only", "on_epoch", "on_step", "reduce",
     )  # fmt: skip
 
     def __init__(self, device: torch.device, reduce: str, on_step: bool, on_epoch: bool, watched: bool) -> None:
@@ -54,6 +54,8 @@ class Series:
             self._buffer = torch.zeros(_CAPACITY, dtype=dtype, device=device)
             self._slots = list(self._buffer.unbind())
         self._remote = not self._buffer.is_cpu
+        #: Leave values that are NaN or infinite out of the mean: their updates were skipped.
+        self.finite_only = False
         self._weights: list[Any] = []
         self._folded: tuple[Tensor, Any] | None = None  # (partial result, weight) of full buffers
         self._kept: list[Tensor] = []  # full buffers since the last read, of a watched series
@@ -89,6 +91,10 @@ class Series:
         weight: Any = n
         if self.reduce != "mean":
             partial = _REDUCE[self.reduce](values)
+        elif self.finite_only:
+            good = torch.isfinite(values)
+            weights = self._moved_weights() * good
+            partial, weight = torch.dot(torch.where(good, values, 0.0), weights), weights.sum()
         elif any(isinstance(w, Tensor) for w in self._weights):
             weights = self._moved_weights()
             partial, weight = torch.dot(values, weights), weights.sum()  # in double: theirs may be a half
@@ -139,12 +145,13 @@ class Series:
 class Means:
     """All metrics of one stage, by name; `watch` names the one that `first_bad` can be asked about."""
 
-    def __init__(self, device: torch.device, watch: str | None = None) -> None:
+    def __init__(self, device: torch.device, watch: str | None = None, elsewhere: "Means | None" = None) -> None:
         self._device, self._watch = device, watch
         #: The watched metric, a mean by step and by epoch.
         self.watched = Series(device, "mean", True, True, watched=True)
         self.series: dict[str, Series] = {} if watch is None else {watch: self.watched}
         self._metrics: dict[str, Any] = {}
+        self._elsewhere = elsewhere  # the stage around this one, which is not finished
 
     def add(
         self, name: str, value: Any, weight: Any, reduce: str = "mean", on_step: bool = True, on_epoch: bool = True
@@ -157,6 +164,11 @@ class Means:
         series = self.series.get(name)
         if series is None:
             if is_metric(value):
+                if self._elsewhere is not None and any(value is other for other in self._elsewhere._metrics.values()):
+                    raise StepError(
+                        f"{name!r} is a {type(value).__name__} that training is using too, in the middle of its epoch; "
+                        "make one object for each stage"
+                    )
                 self._metrics[name] = value
                 return
             check(name, value, reduce)

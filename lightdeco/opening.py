@@ -19,7 +19,7 @@ from .data import loaders, split, to_device
 from .errors import DataError, MarkError, SettingsError, warn
 from .limits import expected
 from .loggers.masking import mask
-from .optim import clip, needs_closure, read_optimizers, step_scheduler
+from .optim import clip, needs_closure, parameters_of, read_optimizers, step_scheduler
 from .plan import Plan, discover, is_marked
 from .roles import STAGE_LOADER, STAGE_STEP, TRANSFER, VERB_STAGE
 from .run import Run
@@ -66,6 +66,9 @@ def prepare(verb: str, model: nn.Module, data: object, settings: Settings) -> tu
     marked = data if data is not None and is_marked(data) else None
     given = {} if marked is not None else split(data, verb)
     callbacks = _callbacks(settings, verb)
+    for i, callback in enumerate(callbacks):
+        if any(callback is other for other in callbacks[:i]):
+            raise SettingsError(f"callbacks holds the same {type(callback).__name__} twice; remove one")
     plan = discover(verb, model, marked, callbacks)
     hook = plan.one("configure_callbacks")
     if hook is not None:
@@ -244,6 +247,10 @@ def _optimization(s: Session) -> None:
         raise MarkError(f"{where} returned {len(found)} optimizers; several optimizers are not available yet")
     s.run.optims = found
     (s.optim,) = found.values()
+    own = {id(p) for p in s.plan.model.parameters()}
+    if not any(id(p) in own for p in parameters_of(s.optim.optimizer)):
+        name = type(s.plan.model).__name__
+        raise MarkError(f"{where} returned an optimizer that holds no parameter of {name}; give it self.parameters()")
     value, algorithm = settings.gradient_clip_val, settings.gradient_clip_algorithm
     if value is None and algorithm != "norm":
         warn("gradient_clip_algorithm has no effect without gradient_clip_val")

@@ -246,7 +246,7 @@ class Run:
         if size is None:
             raise DataError(
                 f"a {self.stage} batch holds no tensor, so its number of samples is unknown; return it from the step "
-                'under "batch_size", or give ld.log(…, batch_size=n)'
+                'under "batch_size", and give it to ld.log(…, batch_size=n) where that is used'
             )
         return size
 

@@ -52,6 +52,12 @@ class Session:
     """Batches of the epoch that were done when losses were last checked; `checked_step` likewise."""
     checked_step: int = 0
 
+    def checks_sanity(self) -> bool:
+        """Whether a few batches of validation run before training; never from an iterator, which would lose them."""
+        settings, loaders = self.settings, self.loaders.get("val", ())
+        wanted = bool(loaders) and settings.num_sanity_val_steps > 0 and not settings.fast_dev_run
+        return wanted and not any(loader.one_shot for loader in loaders)
+
     def validates(self) -> bool:
         """Whether this epoch has a validation."""
         return "val" in self.loaders and (self.run.epoch + 1) % self.settings.check_val_every_n_epoch == 0

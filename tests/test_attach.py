@@ -235,8 +235,8 @@ def test_a_pickled_object_loads_without_lightdeco() -> None:
 @pytest.mark.parametrize(
     ("thing", "given", "said"),
     [
-        (Foreign(), {"trainig_step": step}, r"'trainig_step' is no role; allowed: .*; did you mean 'training_step'\?$"),
-        (Foreign(), {"fit_start": step}, r"'fit_start' is no role; allowed: .*; did you mean 'on_fit_start'\?$"),
+        (Foreign(), {"trainig_step": step}, r"'trainig_step' is no role; did you mean 'training_step'\?$"),
+        (Foreign(), {"fit_start": step}, r"'fit_start' is no role; did you mean 'on_fit_start'\?$"),
         (Foreign(), {"training_step": None}, "training_step=None cannot be called"),
         (Foreign(), {"training_step": [step]}, "training_step takes one function, not list"),
         (Foreign(), {"on_fit_start": [step, 3]}, "on_fit_start=3 cannot be called"),

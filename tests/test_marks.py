@@ -190,9 +190,7 @@ def test_on_with_every_counts_for_each_object_by_itself() -> None:
 
 def test_on_refuses_wrong_names_and_counts() -> None:
     """The nearest event is named; roles are no events; `@ld.on` without parentheses is told apart."""
-    with pytest.raises(
-        ld.MarkError, match=r"no event 'train_batch_ends'; allowed: .*; did you mean 'on_train_batch_end'\?$"
-    ):
+    with pytest.raises(ld.MarkError, match=r"no event 'train_batch_ends'; did you mean 'on_train_batch_end'\?$"):
         ld.on("train_batch_ends")
     for wrong in ("training_step", "", lambda self: None):
         with pytest.raises(ld.MarkError, match="there is no event"):

@@ -124,8 +124,12 @@ class ProgressBar:
         last = f"{reason} after {epochs}, {steps}, {seconds:.1f} s{where}"
         self._close(last, _values(_shown_values(run)))
 
-    # An exception, or a generator of `predict` that is left half-way.
     @on_exception
+    def _fail(self, run: "Run", exception: BaseException) -> None:
+        where = f"; {run.dir}" if run.has_dir else ""
+        self._close(f"stopped by {type(exception).__name__} in epoch {run.epoch}, step {run.global_step}{where}")
+
+    # A generator of `predict` that is left half-way.
     @teardown
     def _abandon(self) -> None:
         self._close()

@@ -108,8 +108,8 @@ def _loader(given: Any, what: str, seed: int, name: str | None) -> Loader:
     check_loader(given, what)
     loader = Loader(given, seed, name)
     if loader.length == 0:
-        hint = "; with drop_last=True a dataset smaller than one batch gives none" if _drops(given) else ""
-        raise DataError(f"{what} is empty: its length is 0{hint}")
+        hint = "with drop_last=True a dataset smaller than one batch gives none" if _drops(given) else "leave it out"
+        raise DataError(f"{what} is empty: its length is 0; {hint}")
     return loader
 
 

@@ -230,7 +230,7 @@ def test_empty() -> None:
     """A loader of known length 0 is refused before the run, with its stage, its name and a hint."""
     with pytest.raises(DataError, match=r"the train loader is empty.*drop_last=True"):
         loaders(DataLoader(Numbers(), batch_size=5, drop_last=True), "train", 0)
-    with pytest.raises(DataError, match=r"the val loader 'b' is empty: its length is 0$"):
+    with pytest.raises(DataError, match=r"the val loader 'b' is empty: its length is 0; leave it out$"):
         loaders({"a": LOADER, "b": []}, "val", 0)
     with pytest.raises(DataError, match="the val loader is empty"):
         loaders([], "val", 0)
