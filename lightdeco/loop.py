@@ -48,7 +48,7 @@ Where an exception ends a verb, `on_exception` comes before `teardown`.
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from itertools import chain, islice, pairwise, repeat
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ from .roles import STAGE_STEP
 from .run import Run
 from .session import Session
 from .settings import Settings, resolve
-from .steps import evaluating, no_grad, read_result
+from .steps import Result, evaluating, no_grad, read_result
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -187,6 +187,7 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
     # Looked up once: between two steps the caches are cold, and a look-up costs as much as a small kernel.
     reseed, step, transfer, (zero_grad, backward) = s.reseed, s.wrapped, s.transfer, s.gradients
     on_start, on_before_zero, on_before, on_after, on_end = (s.heard(name) for name in _TRAIN_BATCH)
+    plain, log_every = s.plain_update, settings.log_every_n_steps
     size, skipped = accumulation(settings, progress.epoch), False
     window = Window(size)
     with closing(loader.batches(0 if settings.overfit_batches else progress.epoch, progress.batch)) as batches:
@@ -208,7 +209,8 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
 
             reseed(seed)
             outputs = step("training_step", batch, batch_idx, dataloader_idx, None)
-            loss, weight = _log(run, "train/", outputs, where, training=True)
+            result = read_result(outputs, where, training=True)
+            loss, weight = cast(Tensor, result[0]), _weight(run, result)
             if size > 1:
                 loss = window.scale(loss, weight, last)
             if on_before is not None:
@@ -216,11 +218,12 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
             backward(loss)
             if on_after is not None:
                 on_after(optimizer)
+            _log(run, "train/", result, weight)
 
             progress.micro_batch += 1
             progress.batch += 1
             updated = size == 1
-            if s.plain_update and updated:
+            if plain and updated:
                 optimizer.step()
                 progress.global_step += 1
             elif updated or window.complete(last):
@@ -229,7 +232,7 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
                 on_end(batch, batch_idx, dataloader_idx, outputs)
             run.batch = None
 
-            if updated and progress.global_step % settings.log_every_n_steps == 0:
+            if updated and progress.global_step % log_every == 0:
                 _record_window(s)
             elif updated and progress.global_step >= s.checked_step + 50:
                 s.refuse_nan()
@@ -322,20 +325,23 @@ def _record_window(s: Session) -> None:
     s.run.record("train", s.run.means.window())
 
 
-def _log(run: Run, prefix: str, outputs: Any, where: str, training: bool = False) -> tuple[Any, Any]:
-    """Read what a step returned and log it; returns the loss and the weight of the batch."""
-    if training and type(outputs) is Tensor and outputs.requires_grad and outputs.numel() == 1:  # the usual case
-        weight = batch_size_of(run.batch) or run.size_of_batch()
-        run.means.watched.add(outputs, weight)
-        return outputs, weight
-    loss, scalars, metrics, weight, size = read_result(outputs, where, training)
-    if weight is None and scalars:
-        weight = size or batch_size_of(run.batch) or run.size_of_batch()
+def _weight(run: Run, result: Result) -> Any:
+    """How much a batch counts: the step's "weight", or the number of samples."""
+    _, _, _, weight, size = result
+    return size or batch_size_of(run.batch) or run.size_of_batch() if weight is None else weight
+
+
+def _log(run: Run, prefix: str, result: Result, weight: Any) -> None:
+    """Log the loss, the scalars and the metrics of a step's result."""
+    loss, scalars, metrics, _, _ = result
+    if prefix == "train/":
+        run.means.watched.add(loss, weight)
+    elif loss is not None:
+        run.means.add_mean(f"{prefix}loss", loss, weight)
     for name, value in scalars:
         run.means.add_mean(prefix + name, value, weight)
     for name, metric in metrics:
         run.means.add(prefix + name, metric, 1)
-    return loss, weight
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -391,7 +397,9 @@ def _evaluate_batch(s: Session, stage: str, batch: Any, batch_idx: int, index: i
         outputs = s.steps(role, batch, batch_idx, index)
         if stage != "predict":
             name = s.loaders[stage][index].name
-            _log(run, f"{stage}/" if name is None else f"{stage}/{name}/", outputs, s.where(role))
+            result = read_result(outputs, s.where(role))
+            if result[0] is not None or result[1] or result[2]:
+                _log(run, f"{stage}/" if name is None else f"{stage}/{name}/", result, _weight(run, result))
         call[f"{event}_batch_end"](batch, batch_idx, index, outputs)
     run.batch = None
     return outputs

@@ -1,11 +1,11 @@
-"""Weighted means on the device: a value is copied into a buffer when it is logged and read when it is recorded.
+"""Weighted means: values wait on the device, in a buffer, and are read when they are recorded.
 
 Logging costs one small kernel. Nothing waits for the device but `Means.window`, `Means.epoch` and `Means.first_bad`,
-which read all metrics at once and go on with sums on the host.
+which read all metrics at once; sums are made on the host, in float64.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Literal, get_args
 
 import torch
@@ -16,35 +16,28 @@ from .steps import is_metric, is_scalar
 
 Reduce = Literal["mean", "sum", "min", "max", "last"]
 
-_CAPACITY: Final = 64  # values that are kept before they are folded into one, on the device
+_CAPACITY: Final = 64  # values in one buffer
 
-# How two partial results (of several values each) become one, on the device and on the host.
-_MERGE: Final[dict[str, Callable[[Any, Any], Any]]] = {
-    "mean": lambda old, new: old + new,  # weighted sums
-    "sum": lambda old, new: old + new,
-    # min() and max() keep a NaN only when it comes first.
-    "min": lambda old, new: (
-        torch.minimum(old, new) if isinstance(old, Tensor) else new if new != new else min(old, new)
-    ),
-    "max": lambda old, new: (
-        torch.maximum(old, new) if isinstance(old, Tensor) else new if new != new else max(old, new)
-    ),
-    "last": lambda old, new: new,
-}
-_REDUCE: Final[dict[str, Callable[[Tensor], Tensor]]] = {
-    "sum": torch.sum,
-    "min": torch.min,
-    "max": torch.max,
+
+def _extreme(pick: Callable[[Iterable[float]], float]) -> Callable[[Sequence[float]], float]:
+    return lambda values: math.nan if any(map(math.isnan, values)) else pick(values)
+
+
+_REDUCE: Final[dict[str, Callable[[Sequence[float]], float]]] = {
+    "mean": sum,  # of values times weights
+    "sum": sum,
+    "min": _extreme(min),
+    "max": _extreme(max),
     "last": lambda values: values[-1],
 }
 
 
 class Series:
-    """One metric of one stage: single values in a buffer on the device, and what was read of the earlier ones."""
+    """One metric of one stage: single values in buffers on the device, and what was read of the earlier ones."""
 
     __slots__ = (
-        "_bad", "_buffer", "_folded", "_kept", "_remote", "_seen", "_slots", "_totals", "_watched", "_weights",
-        "finite_only", "on_epoch", "on_step", "reduce",
+        "_bad", "_buffer", "_kept", "_remote", "_seen", "_slots", "_totals", "_watched", "finite_only",
+        "on_epoch", "on_step", "reduce", "weights",
     )  # fmt: skip
 
     def __init__(self, device: torch.device, reduce: str, on_step: bool, on_epoch: bool, watched: bool) -> None:
@@ -56,78 +49,49 @@ class Series:
         self._remote = not self._buffer.is_cpu
         #: Leave values that are NaN or infinite out of the mean: their updates were skipped.
         self.finite_only = False
-        self._weights: list[Any] = []
-        self._folded: tuple[Tensor, Any] | None = None  # (partial result, weight) of full buffers
-        self._kept: list[Tensor] = []  # full buffers since the last read, of a watched series
-        self._totals: dict[str, tuple[float, float]] = {}  # on the host, by scope: "window", "epoch"
+        #: The weight of each value since the last read, a number or a tensor of one element.
+        self.weights: list[Any] = []
+        self._kept: list[Tensor] = []  # full buffers since the last read
+        self._totals: dict[str, tuple[float, float]] = {}  # by scope, "window" and "epoch"
         self._seen = 0  # values read since the last question for a bad one
         self._bad: int | None = None
 
     def add(self, value: Any, weight: Any) -> None:
         """Copy a scalar (a number or a tensor of one element, on any device) with its weight. Does not wait."""
-        n = len(self._weights)
-        if n == _CAPACITY:
-            self._fold()
-            n = 0
+        n = len(self.weights) % _CAPACITY
+        if n == 0 and self.weights:
+            self._kept.append(self._buffer.clone())
         if not isinstance(value, Tensor):
             self._slots[n].fill_(float(value))
         elif self._remote and value.is_cpu:
             self._slots[n].fill_(value.item())  # read from where it is; to copy it would wait for the device
         else:
             self._slots[n].copy_(value.detach() if value.dim() == 0 else value.detach().reshape(()))
-        self._weights.append(weight.detach().clone() if isinstance(weight, Tensor) else weight)
+        self.weights.append(weight.detach().clone() if isinstance(weight, Tensor) else weight)
 
-    def _fold(self) -> None:
+    def buffers(self) -> list[Tensor]:
+        """What waits to be read: vectors of 64 values, the last one filled as far as there are weights."""
+        return [*self._kept, self._buffer] if self.weights else []
+
+    def settle(self, values: list[float], weights: list[float]) -> None:
+        """Take over what waited as it was read, and begin anew."""
+        good: Sequence[int] = range(len(values))
         if self._watched:
-            self._kept.append(self._buffer.clone())
-        self._folded, self._weights = self.pending(), []
-
-    def pending(self) -> tuple[Tensor, Any] | None:
-        """What was logged since the last read: the partial result (0-dim, on the device) and its weight."""
-        n = len(self._weights)
-        if n == 0:
-            return self._folded
-        values: Tensor = self._buffer[:n]
-        weight: Any = n
-        if self.reduce != "mean":
-            partial = _REDUCE[self.reduce](values)
-        elif self.finite_only:
-            good = torch.isfinite(values)
-            weights = self._moved_weights() * good
-            partial, weight = torch.dot(torch.where(good, values, 0.0), weights), weights.sum()
-        elif any(isinstance(w, Tensor) for w in self._weights):
-            weights = self._moved_weights()
-            partial, weight = torch.dot(values, weights), weights.sum()  # in double: theirs may be a half
-        elif len(set(self._weights)) == 1:
-            partial, weight = values.sum() * self._weights[0], self._weights[0] * n
-        else:
-            partial, weight = torch.dot(values, self._moved_weights()), sum(self._weights)
-        if self._folded is None:
-            return partial, weight
-        return _MERGE[self.reduce](self._folded[0], partial), self._folded[1] + weight
-
-    def _moved_weights(self) -> Tensor:
-        """The weights of the buffered values, on the device, without waiting for it."""
-        like = self._buffer
-        if any(isinstance(w, Tensor) for w in self._weights):
-            weights = (w if isinstance(w, Tensor) else like.new_full((), w) for w in self._weights)
-            return torch.stack([w.to(like, non_blocking=like.is_cuda).reshape(()) for w in weights])
-        host = torch.tensor(self._weights, dtype=like.dtype)
-        # From memory that is not pinned, the copy would begin with waiting for all work on the device.
-        return host.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else host.to(like.device)
-
-    def settle(self, partial: float, weight: float) -> None:
-        """Take over what was pending as it was read, and begin a new buffer."""
-        for scope in ("window", "epoch"):
-            old = self._totals.get(scope)
-            merged = partial if old is None else _MERGE[self.reduce](old[0], partial)
-            self._totals[scope] = float(merged), weight + (0 if old is None else old[1])
-        values = [*self._kept, self._buffer[: len(self._weights)]]
-        if self._watched and self._bad is None and not math.isfinite(partial):
-            bad = (~torch.isfinite(torch.cat(values))).nonzero()
-            self._bad = self._seen + int(bad[0]) if len(bad) else None
-        self._seen += sum(len(part) for part in values)
-        self._weights, self._folded, self._kept = [], None, []
+            bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
+            if bad and self._bad is None:
+                self._bad = self._seen + bad[0]
+            if bad and self.finite_only:
+                good = [i for i in good if math.isfinite(values[i])]
+            self._seen += len(values)
+        if good:
+            mean = self.reduce == "mean"
+            partial = _REDUCE[self.reduce]([values[i] * weights[i] for i in good] if mean else values)
+            weight = sum(weights[i] for i in good)
+            for scope in ("window", "epoch"):
+                old = self._totals.get(scope)
+                merged = partial if old is None else _REDUCE[self.reduce]((old[0], partial))
+                self._totals[scope] = merged, weight + (0 if old is None else old[1])
+        self.weights, self._kept = [], []
 
     def take(self, scope: Literal["window", "epoch"]) -> float | None:
         """The value since the last take of this scope, and begin anew; None without values."""
@@ -220,15 +184,15 @@ class Means:
         return self.watched.first_bad()
 
     def _read(self) -> None:
-        """Read everything that is pending, at once."""
-        waiting = [(s, pending) for s in self.series.values() if (pending := s.pending()) is not None]
-        if not waiting:
-            return
-        on_device = [t for _, pair in waiting for t in pair if isinstance(t, Tensor)]
-        read = torch.stack(on_device).tolist() if len(on_device) > 1 else [on_device[0].item()]
-        numbers = iter(read)
-        for series, (_, weight) in waiting:
-            series.settle(next(numbers), next(numbers) if isinstance(weight, Tensor) else weight)
+        """Read everything that waits: the values of all metrics at once, and the weights that are tensors."""
+        waiting = [series for series in self.series.values() if series.weights]
+        buffers = [buffer for series in waiting for buffer in series.buffers()]
+        rows = iter(torch.stack(buffers).tolist() if len(buffers) > 1 else [b.tolist() for b in buffers])
+        tensors = [w.reshape(()).to(buffers[0].dtype) for s in waiting for w in s.weights if isinstance(w, Tensor)]
+        read = iter(torch.stack(tensors).tolist() if tensors else ())
+        for series in waiting:
+            values = [value for _ in series.buffers() for value in next(rows)][: len(series.weights)]
+            series.settle(values, [next(read) if isinstance(w, Tensor) else w for w in series.weights])
 
 
 def check(name: str, value: object, reduce: str) -> None:
@@ -237,7 +201,7 @@ def check(name: str, value: object, reduce: str) -> None:
     Raises:
         StepError: the value is no scalar, or `reduce` is no way to reduce.
     """
-    if reduce not in _MERGE:
+    if reduce not in _REDUCE:
         allowed = get_args(Reduce)
         raise StepError(f"ld.log({name!r}, reduce={reduce!r}); allowed: {allowed}{nearest(str(reduce), allowed)}")
     if not is_scalar(value):

@@ -16,7 +16,7 @@ from .errors import StepError
 from .plan import Select
 
 #: Keys of a step's result that are not metrics of their own.
-RESERVED: Final = frozenset({"weight", "batch_size", "carry"})
+RESERVED: Final = frozenset({"loss", "weight", "batch_size", "carry"})
 
 
 class Steps(nn.Module):
@@ -34,7 +34,7 @@ class Steps(nn.Module):
         return method(*positional, **keywords)
 
 
-#: What a step returned, read: the loss (None for evaluation without one), the scalars and the torchmetrics objects to
+#: What a step returned, read: the loss (None for evaluation without one), the other scalars and torchmetrics objects to
 #: log, by name, and the "weight" and "batch_size" if the step gave them. A plain tuple: one is made for each step.
 Result: TypeAlias = tuple[Tensor | None, Sequence[tuple[str, Any]], Sequence[tuple[str, Any]], Any, int | None]
 
@@ -66,7 +66,7 @@ def read_result(outputs: object, where: str, training: bool = False) -> Result:
             )
         if training and not outputs.requires_grad:
             raise _no_gradient(where)
-        return outputs, (("loss", outputs),), (), None, None
+        return outputs, (), (), None, None
     if isinstance(outputs, Mapping):
         result = _read_dict(outputs, where)
     elif outputs is None:
@@ -94,7 +94,7 @@ def _read_dict(outputs: Mapping[Any, Any], where: str) -> Result:
         if not isinstance(key, str) or not key:
             raise StepError(f"{where} returned a dict with the key {key!r}; keys must be str, and not empty")
         if key in RESERVED:
-            continue
+            continue  # the loss too: it is logged for itself
         if is_scalar(value):
             scalars.append((key, value))
         elif is_metric(value):

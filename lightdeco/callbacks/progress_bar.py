@@ -53,7 +53,7 @@ class ProgressBar:
     # The bar that is on the screen: a verb inside a verb must not draw over it.
     _shown: ClassVar["ProgressBar | None"] = None
 
-    def __init__(self, refresh_s: float = 0.2) -> None:
+    def __init__(self, refresh_s: float = 0.4) -> None:
         if type(refresh_s) not in (int, float) or not refresh_s > 0:
             raise SettingsError(f"ProgressBar(refresh_s={refresh_s!r}); allowed: a number of seconds above 0")
         self.refresh_s = refresh_s
