@@ -45,10 +45,10 @@
 Where an exception ends a verb, `on_exception` comes before `teardown`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from itertools import chain, islice, pairwise, repeat
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ from .roles import STAGE_STEP
 from .run import Run
 from .session import Session
 from .settings import Settings, resolve
-from .steps import Result, evaluating, no_grad, read_result
+from .steps import evaluating, no_grad, read_result
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -187,7 +187,7 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
     # Looked up once: between two steps the caches are cold, and a look-up costs as much as a small kernel.
     reseed, step, transfer, (zero_grad, backward) = s.reseed, s.wrapped, s.transfer, s.gradients
     on_start, on_before_zero, on_before, on_after, on_end = (s.heard(name) for name in _TRAIN_BATCH)
-    plain, log_every = s.plain_update, settings.log_every_n_steps
+    plain, log_every, losses = s.plain_update, settings.log_every_n_steps, run.means.watched
     size, skipped = accumulation(settings, progress.epoch), False
     window = Window(size)
     with closing(loader.batches(0 if settings.overfit_batches else progress.epoch, progress.batch)) as batches:
@@ -209,16 +209,18 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
 
             reseed(seed)
             outputs = step("training_step", batch, batch_idx, dataloader_idx, None)
-            result = read_result(outputs, where, training=True)
-            loss, weight = cast(Tensor, result[0]), _weight(run, result)
-            if size > 1:
-                loss = window.scale(loss, weight, last)
+            loss, scalars, metrics, weight, samples = read_result(outputs, where, training=True)
+            if weight is None:
+                weight = samples or batch_size_of(batch) or run.size_of_batch()
+            scaled = loss if size == 1 else window.scale(loss, weight, last)
             if on_before is not None:
-                on_before(loss, optimizer)
-            backward(loss)
+                on_before(scaled, optimizer)
+            backward(scaled)
             if on_after is not None:
                 on_after(optimizer)
-            _log(run, "train/", result, weight)
+            losses.add(loss, weight)
+            if scalars or metrics:
+                _log(run, "train/", scalars, metrics, weight)
 
             progress.micro_batch += 1
             progress.batch += 1
@@ -227,7 +229,7 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
                 optimizer.step()
                 progress.global_step += 1
             elif updated or window.complete(last):
-                updated = _update(s, window, loss, (batch, batch_idx, dataloader_idx), seed)
+                updated = _update(s, window, scaled, (batch, batch_idx, dataloader_idx), seed)
             if on_end is not None:
                 on_end(batch, batch_idx, dataloader_idx, outputs)
             run.batch = None
@@ -293,8 +295,7 @@ def _evaluate_again(s: Session, window: Window, inputs: tuple[Any, int, int], se
     zero_grad, backward = s.gradients
     zero_grad()
     s.reseed(seed)
-    loss = read_result(s.wrapped("training_step", *inputs, None), where, training=True)[0]
-    assert loss is not None
+    loss: Tensor = read_result(s.wrapped("training_step", *inputs, None), where, training=True)[0]
     backward(loss)
     if "clip_gradients" in s.call:
         s.call["clip_gradients"](optimizer)
@@ -325,21 +326,10 @@ def _record_window(s: Session) -> None:
     s.run.record("train", s.run.means.window())
 
 
-def _weight(run: Run, result: Result) -> Any:
-    """How much a batch counts: the step's "weight", or the number of samples."""
-    _, _, _, weight, size = result
-    return size or batch_size_of(run.batch) or run.size_of_batch() if weight is None else weight
-
-
-def _log(run: Run, prefix: str, result: Result, weight: Any) -> None:
-    """Log the loss, the scalars and the metrics of a step's result."""
-    loss, scalars, metrics, _, _ = result
-    if prefix == "train/":
-        run.means.watched.add(loss, weight)
-    elif loss is not None:
-        run.means.add_mean(f"{prefix}loss", loss, weight)
+def _log(run: Run, prefix: str, scalars: Sequence[tuple[str, Any]], metrics: Sequence[tuple[str, Any]], w: Any) -> None:
+    """Log what a step returned, with the weight `w` of its batch."""
     for name, value in scalars:
-        run.means.add_mean(prefix + name, value, weight)
+        run.means.add_mean(prefix + name, value, w)
     for name, metric in metrics:
         run.means.add(prefix + name, metric, 1)
 
@@ -397,9 +387,11 @@ def _evaluate_batch(s: Session, stage: str, batch: Any, batch_idx: int, index: i
         outputs = s.steps(role, batch, batch_idx, index)
         if stage != "predict":
             name = s.loaders[stage][index].name
-            result = read_result(outputs, s.where(role))
-            if result[0] is not None or result[1] or result[2]:
-                _log(run, f"{stage}/" if name is None else f"{stage}/{name}/", result, _weight(run, result))
+            loss, scalars, metrics, weight, samples = read_result(outputs, s.where(role))
+            scalars = scalars if loss is None else [("loss", loss), *scalars]
+            if scalars and weight is None:
+                weight = samples or run.size_of_batch()
+            _log(run, f"{stage}/" if name is None else f"{stage}/{name}/", scalars, metrics, weight)
         call[f"{event}_batch_end"](batch, batch_idx, index, outputs)
     run.batch = None
     return outputs

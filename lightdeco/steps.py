@@ -36,7 +36,7 @@ class Steps(nn.Module):
 
 #: What a step returned, read: the loss (None for evaluation without one), the other scalars and torchmetrics objects to
 #: log, by name, and the "weight" and "batch_size" if the step gave them. A plain tuple: one is made for each step.
-Result: TypeAlias = tuple[Tensor | None, Sequence[tuple[str, Any]], Sequence[tuple[str, Any]], Any, int | None]
+Result: TypeAlias = tuple[Any, Sequence[tuple[str, Any]], Sequence[tuple[str, Any]], Any, int | None]
 
 
 def is_metric(value: object) -> bool:
