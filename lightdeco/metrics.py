@@ -65,8 +65,8 @@ class Series:
             self._slots[n].fill_(float(value))
         elif self._remote and value.is_cpu:
             self._slots[n].fill_(value.item())  # read from where it is; to copy it would wait for the device
-        else:
-            self._slots[n].copy_(value.detach() if value.dim() == 0 else value.detach().reshape(()))
+        else:  # .data: only read here, and cheaper than .detach(), which makes a view that autograd tracks
+            self._slots[n].copy_(value.data if value.dim() == 0 else value.detach().reshape(()))
         self.weights.append(weight.detach().clone() if isinstance(weight, Tensor) else weight)
 
     def buffers(self) -> list[Tensor]:

@@ -53,7 +53,10 @@ class MetricsFile:
 
         A write that fails is one `LightdecoWarning` for this file; it does not raise.
         """
-        line = _JSON.encode({key: _encode(value) for key, value in record.items()})
+        try:
+            line = _JSON.encode(dict(record))  # finite numbers and texts, nearly always
+        except (TypeError, ValueError):
+            line = _JSON.encode({key: _encode(value) for key, value in record.items()})
         try:
             self._lines.append(line.encode() + b"\n")
         except (OSError, ValueError) as error:  # ValueError: the file is closed
