@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from .data.loader import Loader
 from .errors import SettingsError, warn
-from .roles import SKIP_EPOCH as SKIP_EPOCH
 from .run import Run
 from .settings import Settings
 

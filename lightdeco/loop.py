@@ -58,12 +58,12 @@ from .current import active
 from .data import batch_size_of
 from .data.loader import Loader
 from .errors import DataError
-from .limits import SKIP_EPOCH, Limits, accumulation, cut, expected, val_interval
+from .limits import Limits, accumulation, cut, expected, val_interval
 from .metrics import Means
 from .opening import opened, prepare, reload, warn_without_effect
 from .optim import Closure, Window, finite_gradients, monitored
 from .plan import Plan
-from .roles import STAGE_STEP
+from .roles import SKIP_EPOCH, STAGE_STEP
 from .run import Run
 from .session import Session
 from .settings import Settings, resolve
@@ -120,7 +120,7 @@ def fit(
         if s.checks_sanity():
             _sanity_check(s)
         run.stage, run.means = "train", Means(run.device, watch="train/loss")
-        run.means.watched.finite_only = resolved.on_nan == "skip"
+        run.means.series["train/loss"].finite_only = resolved.on_nan == "skip"
         call["on_train_start"]()
         while (reason := limits.between_epochs()) is None:
             reload(s)
@@ -187,7 +187,7 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
     # Looked up once: between two steps the caches are cold, and a look-up costs as much as a small kernel.
     reseed, step, transfer, (zero_grad, backward) = s.reseed, s.wrapped, s.transfer, s.gradients
     on_start, on_before_zero, on_before, on_after, on_end = (s.heard(name) for name in _TRAIN_BATCH)
-    plain, log_every, losses = s.plain_update, settings.log_every_n_steps, run.means.watched
+    plain, log_every, losses = s.plain_update, settings.log_every_n_steps, run.means.series["train/loss"]
     size, skipped = accumulation(settings, progress.epoch), False
     window = Window(size)
     with closing(loader.batches(0 if settings.overfit_batches else progress.epoch, progress.batch)) as batches:
@@ -245,13 +245,13 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
                 return progress.batch == run.num_train_batches
     run.batch = None
     if progress.batch == 0 and not skipped:
-        raise _empty(progress.epoch)
+        raise _empty(f"train loader yielded no batch in epoch {progress.epoch}", used_up=progress.epoch > 0)
     return True
 
 
-def _empty(epoch: int) -> DataError:
-    again = "; an iterator can be read only once: give a list or a DataLoader" if epoch else ""
-    return DataError(f"the train loader yielded no batch in epoch {epoch}{again}")
+def _empty(what: str, used_up: bool) -> DataError:
+    again = "; an iterator can be read only once: give a list or a DataLoader" if used_up else ""
+    return DataError(f"the {what}{again}")
 
 
 def _marked_last(batches: Iterator[Any], loader: Loader, look_ahead: bool) -> Iterator[tuple[Any, int, bool]]:
@@ -359,15 +359,15 @@ def _evaluate(s: Session, stage: str, sanity: bool = False) -> dict[str, float]:
                 for batch_idx, batch in enumerate(islice(batches, limit)):
                     _evaluate_batch(s, stage, batch, batch_idx, index)
             if batch_idx < 0 and limit != 0:
-                again = "; an iterator can be read only once: give a list or a DataLoader" if loader.one_shot else ""
                 name = f" {loader.name!r}" if loader.name else ""
-                raise DataError(f"the {stage} loader{name} yielded no batch{again}")
+                raise _empty(f"{stage} loader{name} yielded no batch", loader.one_shot)
         values = means.epoch()
         run.show(values)
         with run.collecting(values):
             call[f"{event}_epoch_end"]()
-        run.show(values)
-        if not sanity:
+        if sanity:
+            run.show(values)
+        else:
             run.record(stage, values)
         call[f"{event}_end"]()
     return values

@@ -111,9 +111,9 @@ class Means:
 
     def __init__(self, device: torch.device, watch: str | None = None, elsewhere: "Means | None" = None) -> None:
         self._device, self._watch = device, watch
-        #: The watched metric, a mean by step and by epoch.
-        self.watched = Series(device, "mean", True, True, watched=True)
-        self.series: dict[str, Series] = {} if watch is None else {watch: self.watched}
+        self.series: dict[str, Series] = {}
+        if watch is not None:
+            self.series[watch] = Series(device, "mean", True, True, watched=True)
         self._metrics: dict[str, Any] = {}
         self._elsewhere = elsewhere  # the stage around this one, which is not finished
 
@@ -181,7 +181,7 @@ class Means:
     def first_bad(self) -> int | None:
         """The index of the first NaN or infinite value of the watched metric since the last call. Waits."""
         self._read()
-        return self.watched.first_bad()
+        return None if self._watch is None else self.series[self._watch].first_bad()
 
     def _read(self) -> None:
         """Read everything that waits: the values of all metrics at once, and the weights that are tensors."""

@@ -29,20 +29,26 @@ from .steps import Steps, modes_of, restore_modes
 
 #: What only training reads.
 _FIT_ONLY: Final = frozenset(
-    (
-        *(
-            "max_epochs",
-            "max_steps",
-            "min_epochs",
-            "min_steps",
-            "max_time",
-            "num_sanity_val_steps",
-            "log_every_n_steps",
-        ),
-        *("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "log_gradients", "on_nan", "oom"),
-        *("limit_train_batches", "val_check_interval", "check_val_every_n_epoch", "reload_dataloaders_every_n_epochs"),
+    {
+        "max_epochs",
+        "max_steps",
+        "min_epochs",
+        "min_steps",
+        "max_time",
+        "num_sanity_val_steps",
+        "log_every_n_steps",
+        "accumulate_grad_batches",
+        "gradient_clip_val",
+        "gradient_clip_algorithm",
+        "log_gradients",
+        "on_nan",
+        "oom",
+        "limit_train_batches",
+        "val_check_interval",
+        "check_val_every_n_epoch",
+        "reload_dataloaders_every_n_epochs",
         "resume",
-    )
+    }
 )
 
 
@@ -160,9 +166,8 @@ def _set_up(s: Session, writes: bool, stack: ExitStack) -> None:
     s.steps = Steps(model, {role: s.plan.step(role, run) for role in STAGE_STEP.values() if role in call})
     wrapped = accelerator.prepare_model(s.steps)
     bare = wrapped is s.steps and "forward" not in vars(s.steps) and "training_step" in call
-    s.wrapped = (
-        s.plan.direct("training_step", run) if bare else wrapped
-    )  # nothing wraps it: call it without the way round
+    # Where nothing wraps the steps, training calls its own without the way round.
+    s.wrapped = s.plan.direct("training_step", run) if bare else wrapped
     s.reseed = seeds.reseeder(run.device)
     if run.device.type != "cpu" or any(s.plan.all(role) for role in TRANSFER):
         s.transfer = s.plan.transfer(run, run.progress.calls, _move)

@@ -152,13 +152,7 @@ def _together(hooks: Sequence[Hook], constants: tuple[object, object], counts: d
     """One function that calls every hook; SKIP_EPOCH, if one returns it, is the only result that means anything."""
     calls = _calls(hooks, constants)
     if len(calls) == 1 and calls[0][0] == 1:
-        _, _, method, select = calls[0]
-
-        def alone(*given: object) -> Any:
-            positional, keywords = select(given)
-            return method(*positional, **keywords)
-
-        return alone
+        return _alone(hooks[0], constants)
 
     def together(*given: object) -> Any:
         result = None
