@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata, util
 from itertools import cycle, islice
 from pathlib import Path
@@ -58,20 +58,10 @@ def cnn() -> nn.Module:
     return nn.Sequential(nn.Unflatten(1, (1, 28, 28)), *convolutions, nn.Flatten(), nn.Linear(576, 10))
 
 
-class MadeBatches:
-    """One epoch of `steps` batches made beforehand; 64 different ones, so that memory stays small."""
-
-    def __init__(self, steps: int, device: str) -> None:
-        self.steps = steps
-        self.batches = [
-            (torch.rand(BATCH, 784).to(device), torch.randint(0, 10, (BATCH,)).to(device)) for _ in range(64)
-        ]
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return islice(cycle(self.batches), self.steps)
+def made_batches(steps: int, device: str) -> list[tuple[Tensor, Tensor]]:
+    """A list of `steps` batches made beforehand; 64 different ones, so that memory stays small."""
+    made = [(torch.rand(BATCH, 784).to(device), torch.randint(0, 10, (BATCH,)).to(device)) for _ in range(64)]
+    return list(islice(cycle(made), steps))
 
 
 def ordinary_loader(steps: int, device: str) -> DataLoader[tuple[Tensor, ...]]:
@@ -81,9 +71,9 @@ def ordinary_loader(steps: int, device: str) -> DataLoader[tuple[Tensor, ...]]:
 
 
 WORKLOADS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, str], Any]]] = {
-    "MLP, batches made beforehand": (mlp, MadeBatches),
+    "MLP, batches made beforehand": (mlp, made_batches),
     "MLP, DataLoader": (mlp, ordinary_loader),
-    "CNN, batches made beforehand": (cnn, MadeBatches),
+    "CNN, batches made beforehand": (cnn, made_batches),
 }
 
 

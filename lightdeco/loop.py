@@ -193,7 +193,7 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
     with closing(loader.batches(0 if settings.overfit_batches else progress.epoch, progress.batch)) as batches:
         left = islice(batches, cut(settings, loader, "train", progress.batch))
         step_seeds = seeds.step_seeds(run.seed, run.rank, progress.micro_batch)
-        for (batch, dataloader_idx, last), seed in zip(_marked_last(left, loader, size > 1), step_seeds, strict=False):
+        for batch, dataloader_idx, last, seed in _numbered(left, loader, size > 1, step_seeds):
             batch_idx = progress.batch
             run.batch, run.batch_idx = batch, batch_idx
             if transfer is not None:
@@ -254,13 +254,15 @@ def _empty(what: str, used_up: bool) -> DataError:
     return DataError(f"the {what}{again}")
 
 
-def _marked_last(batches: Iterator[Any], loader: Loader, look_ahead: bool) -> Iterator[tuple[Any, int, bool]]:
-    """(batch, dataloader_idx, whether it is the last): for the last, one batch is read ahead where it must be known."""
+def _numbered(
+    batches: Iterator[Any], loader: Loader, look_ahead: bool, step_seeds: Iterator[int]
+) -> Iterator[tuple[Any, int, bool, int]]:
+    """(batch, dataloader_idx, whether it is the last, seed); one is read ahead where the last must be known as such."""
     if look_ahead or loader.several:
         following: Iterator[Any] = ((batch, loader.dataloader_idx) for batch in batches)
         pairs = pairwise(chain(following, (None,))) if look_ahead else zip(following, repeat(()))
-        return ((batch, index, after is None) for (batch, index), after in pairs)
-    return zip(batches, repeat(0), repeat(False))
+        return ((batch, index, after is None, next(step_seeds)) for (batch, index), after in pairs)
+    return zip(batches, repeat(0), repeat(False), step_seeds, strict=False)  # the seeds never end
 
 
 def _update(s: Session, window: Window, loss: Tensor, inputs: tuple[Any, int, int], seed: int) -> bool:

@@ -1,11 +1,13 @@
-"""Weighted means: values wait on the device, in a buffer, and are read when they are recorded.
+"""Weighted means: values stay on the device and are read when they are recorded.
 
-Logging costs one small kernel. Nothing waits for the device but `Means.window`, `Means.epoch` and `Means.first_bad`,
-which read all metrics at once; sums are made on the host, in float64.
+From the CPU a value is read at once, since there is nothing to wait for; on another device it is copied into a buffer
+there, which costs one small kernel. Nothing waits for the device but `Means.window`, `Means.epoch` and
+`Means.first_bad`, which read all metrics at once; sums are made on the host, in float64.
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from operator import mul
 from typing import Any, Final, Literal, get_args
 
 import torch
@@ -17,6 +19,22 @@ from .steps import is_metric, is_scalar
 Reduce = Literal["mean", "sum", "min", "max", "last"]
 
 _CAPACITY: Final = 64  # values in one buffer
+
+_item: Final = Tensor.item  # looked up once: it is on the way of every step
+
+
+def waits(device: torch.device) -> bool:
+    """Whether to read a value from the device is to wait until its work is done."""
+    return device.type != "cpu"
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _copied(weight: Tensor) -> Any:
+    """A tensor of one element as it is now: a number where that does not wait."""
+    return weight.detach().clone() if waits(weight.device) else _item(weight)
 
 
 def _extreme(pick: Callable[[Iterable[float]], float]) -> Callable[[Sequence[float]], float]:
@@ -33,24 +51,23 @@ _REDUCE: Final[dict[str, Callable[[Sequence[float]], float]]] = {
 
 
 class Series:
-    """One metric of one stage: single values in buffers on the device, and what was read of the earlier ones."""
+    """One metric of one stage: the values since the last read, and what was read of the earlier ones."""
 
     __slots__ = (
-        "_bad", "_buffer", "_kept", "_remote", "_seen", "_slots", "_totals", "_watched", "finite_only",
-        "on_epoch", "on_step", "reduce", "weights",
+        "_bad", "_buffer", "_device", "_kept", "_seen", "_slots", "_totals", "_watched", "finite_only",
+        "on_epoch", "on_step", "reduce", "values", "weights",
     )  # fmt: skip
 
     def __init__(self, device: torch.device, reduce: str, on_step: bool, on_epoch: bool, watched: bool) -> None:
         self.reduce, self.on_step, self.on_epoch, self._watched = reduce, on_step, on_epoch, watched
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        with torch.inference_mode(False):  # begun in inference mode, it could not be written outside of it
-            self._buffer = torch.zeros(_CAPACITY, dtype=dtype, device=device)
-            self._slots = list(self._buffer.unbind())
-        self._remote = not self._buffer.is_cpu
+        self._device = device if waits(device) else None
         #: Leave values that are NaN or infinite out of the mean: their updates were skipped.
         self.finite_only = False
-        #: The weight of each value since the last read, a number or a tensor of one element.
+        #: The values since the last read; those on a device that is waited for are in `buffers` instead.
+        self.values: list[float] = []
+        #: Their weights, numbers or tensors of one element.
         self.weights: list[Any] = []
+        self._slots: list[Tensor] = []
         self._kept: list[Tensor] = []  # full buffers since the last read
         self._totals: dict[str, tuple[float, float]] = {}  # by scope, "window" and "epoch"
         self._seen = 0  # values read since the last question for a bad one
@@ -58,40 +75,48 @@ class Series:
 
     def add(self, value: Any, weight: Any) -> None:
         """Copy a scalar (a number or a tensor of one element, on any device) with its weight. Does not wait."""
+        if self._device is None:
+            self.values.append(float(_item(value) if isinstance(value, Tensor) else value))
+        else:
+            self._copy(value, self._device)
+        self.weights.append(_copied(weight) if isinstance(weight, Tensor) else weight)
+
+    def _copy(self, value: Any, device: torch.device) -> None:
+        """Copy a value into the buffer on the device."""
         n = len(self.weights) % _CAPACITY
-        if n == 0 and self.weights:
+        if not self._slots:
+            with torch.inference_mode(False):  # begun in inference mode, it could not be written outside of it
+                self._buffer = torch.zeros(_CAPACITY, dtype=_dtype(device), device=device)
+                self._slots = list(self._buffer.unbind())
+        elif n == 0 and self.weights:
             self._kept.append(self._buffer.clone())
-        if not isinstance(value, Tensor):
-            self._slots[n].fill_(float(value))
-        elif self._remote and value.is_cpu:
-            self._slots[n].fill_(value.item())  # read from where it is; to copy it would wait for the device
-        else:  # .data: only read here, and cheaper than .detach(), which makes a view that autograd tracks
+        if isinstance(value, Tensor) and value.device.type == device.type:
+            # .data: only read here, and cheaper than .detach(), which makes a view that autograd tracks
             self._slots[n].copy_(value.data if value.dim() == 0 else value.detach().reshape(()))
-        self.weights.append(weight.detach().clone() if isinstance(weight, Tensor) else weight)
+        else:  # read from where it is; to copy it would wait for the device
+            self._slots[n].fill_(float(_item(value) if isinstance(value, Tensor) else value))
 
     def buffers(self) -> list[Tensor]:
-        """What waits to be read: vectors of 64 values, the last one filled as far as there are weights."""
-        return [*self._kept, self._buffer] if self.weights else []
+        """What waits on the device: vectors of 64 values, the last one filled as far as there are weights."""
+        return [*self._kept, self._buffer] if self._slots and self.weights else []
 
     def settle(self, values: list[float], weights: list[float]) -> None:
         """Take over what waited as it was read, and begin anew."""
-        good: Sequence[int] = range(len(values))
-        if self._watched:
-            bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
-            if bad and self._bad is None:
-                self._bad = self._seen + bad[0]
-            if bad and self.finite_only:
-                good = [i for i in good if math.isfinite(values[i])]
-            self._seen += len(values)
-        if good:
-            mean = self.reduce == "mean"
-            partial = _REDUCE[self.reduce]([values[i] * weights[i] for i in good] if mean else values)
-            weight = sum(weights[i] for i in good)
-            for scope in ("window", "epoch"):
-                old = self._totals.get(scope)
-                merged = partial if old is None else _REDUCE[self.reduce]((old[0], partial))
-                self._totals[scope] = merged, weight + (0 if old is None else old[1])
-        self.weights, self._kept = [], []
+        seen, self._seen = self._seen, self._seen + len(values)
+        self.values, self.weights, self._kept = [], [], []
+        if self._watched and not math.isfinite(sum(values)):
+            good = [i for i, value in enumerate(values) if math.isfinite(value)]
+            if self._bad is None and len(good) < len(values):
+                self._bad = seen + next(i for i, value in enumerate(values) if not math.isfinite(value))
+            if self.finite_only:
+                values, weights = [values[i] for i in good], [weights[i] for i in good]
+        if not values:
+            return
+        mean, reduce, weight = self.reduce == "mean", _REDUCE[self.reduce], sum(weights)
+        partial = reduce(list(map(mul, values, weights)) if mean else values)
+        for scope in ("window", "epoch"):
+            old = self._totals.get(scope)
+            self._totals[scope] = (partial, weight) if old is None else (reduce((old[0], partial)), weight + old[1])
 
     def take(self, scope: Literal["window", "epoch"]) -> float | None:
         """The value since the last take of this scope, and begin anew; None without values."""
@@ -188,11 +213,14 @@ class Means:
         waiting = [series for series in self.series.values() if series.weights]
         buffers = [buffer for series in waiting for buffer in series.buffers()]
         rows = iter(torch.stack(buffers).tolist() if len(buffers) > 1 else [b.tolist() for b in buffers])
-        tensors = [w.reshape(()).to(buffers[0].dtype) for s in waiting for w in s.weights if isinstance(w, Tensor)]
+        tensors = [w.reshape(()).to(_dtype(w.device)) for s in waiting for w in s.weights if isinstance(w, Tensor)]
         read = iter(torch.stack(tensors).tolist() if tensors else ())
         for series in waiting:
-            values = [value for _ in series.buffers() for value in next(rows)][: len(series.weights)]
-            series.settle(values, [next(read) if isinstance(w, Tensor) else w for w in series.weights])
+            weights = (
+                [next(read) if isinstance(w, Tensor) else w for w in series.weights] if tensors else series.weights
+            )
+            buffered = [value for _ in series.buffers() for value in next(rows)]
+            series.settle(buffered[: len(weights)] if buffered else series.values, weights)
 
 
 def check(name: str, value: object, reduce: str) -> None:

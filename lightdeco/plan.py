@@ -83,6 +83,8 @@ class Plan:
         hook = self.all(role)[0]
         count = len(hook.positional)
         if not hook.keywords and hook.positional == hook.role.offers[:count]:  # it takes the first ones, in their order
+            if count == 1:
+                return lambda role, batch, *rest: method(batch)
             return lambda role, *given: method(*given[:count])
 
         def call(role: str, *given: object) -> Any:

@@ -15,7 +15,7 @@ All results are 32-bit unsigned integers, because torch's CPU generator drops th
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
 from itertools import chain, count
 
 import numpy
@@ -25,15 +25,17 @@ _MASK = 0xFFFF_FFFF_FFFF_FFFF
 _ORDER, _DATA, _STEP, _EVAL = 1, 2, 3, 4
 
 
+def _absorb(state: int, value: int) -> int:
+    """Mix an integer into a state of 64 bits with the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    state = (state * 0x9E37_79B9_7F4A_7C15 + value + 0x632B_E59B_D9B4_E019) & _MASK
+    state = ((state ^ (state >> 30)) * 0xBF58_476D_1CE4_E5B9) & _MASK
+    state = ((state ^ (state >> 27)) * 0x94D0_49BB_1331_11EB) & _MASK
+    return state ^ (state >> 31)
+
+
 def _mix(stream: int, *values: int) -> int:
-    """Hash a few integers to 32 bits with the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
-    state = stream
-    for value in values:
-        state = (state * 0x9E37_79B9_7F4A_7C15 + value + 0x632B_E59B_D9B4_E019) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58_476D_1CE4_E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D0_49BB_1331_11EB) & _MASK
-        state ^= state >> 31
-    return state & 0xFFFF_FFFF
+    """Hash a few integers to 32 bits."""
+    return reduce(_absorb, values, stream) & 0xFFFF_FFFF
 
 
 def order_seed(seed: int, epoch: int) -> int:
@@ -68,7 +70,8 @@ def step_seeds(seed: int, rank: int, first: int) -> Iterator[int]:
 
 
 def _chunk(seed: int, rank: int, first: int) -> list[int]:
-    return [step_seed(seed, rank, micro_batch) for micro_batch in range(first, first + 64)]
+    state = _absorb(_absorb(_STEP, seed), rank)  # what all of them have in common
+    return [_absorb(state, micro_batch) & 0xFFFF_FFFF for micro_batch in range(first, first + 64)]
 
 
 def eval_seed(seed: int, loader: int, batch: int) -> int:

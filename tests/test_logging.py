@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightdeco as ld
+from lightdeco import metrics
 from tests.models import QUIET, Net, batches
 
 
@@ -251,8 +252,13 @@ def test_torchmetrics_objects_are_computed_and_reset_at_the_end_of_the_epoch() -
 
 
 def test_nothing_waits_for_the_device_on_a_step_that_records_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No .item(), .tolist(), .cpu(), float(), int() or bool() of a tensor between records."""
+    """No .item(), .tolist(), .cpu(), float(), int() or bool() of a tensor between records.
+
+    The CPU is taken for a device that must be waited for, as a GPU is.
+    """
     calls: list[str] = []
+    monkeypatch.setattr(metrics, "waits", lambda device: True)
+    monkeypatch.setattr(metrics, "_item", lambda tensor: calls.append("_item"))
     for name in ("item", "tolist", "cpu", "__float__", "__int__", "__bool__", "numpy"):
         real = getattr(Tensor, name)
 

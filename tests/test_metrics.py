@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lightdeco as ld
+from lightdeco import metrics
 from lightdeco.metrics import Means
 
 QUIET: Any = {"logger": False, "progress_bar": False, "summary": False, "max_epochs": 1}
@@ -29,6 +30,15 @@ def means(values: Any, reduce: str = "mean", weights: Any = None) -> dict[str, f
     for i, value in enumerate(values):
         held.add("x", value, 1 if weights is None else weights[i], reduce, on_step=False)
     return held.epoch()
+
+
+@pytest.fixture(scope="module", params=["read at once", "buffered"], autouse=True)
+def _way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test runs as on the CPU, and with the CPU taken for a device that must be waited for, as a GPU is."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "buffered":
+            patch.setattr(metrics, "waits", lambda device: True)
+        yield
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -140,6 +150,7 @@ def test_the_first_bad_value_is_found_across_folds_and_windows() -> None:
 
 def test_logging_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """No value is read on the host before a record is made; a record reads all of them at once."""
+    monkeypatch.setattr(metrics, "waits", lambda device: True)
     held, reads = Means(CPU), []
 
     def read(tensor: Tensor, *given: Any) -> Any:
@@ -149,6 +160,7 @@ def test_logging_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Tensor.tolist
     for name in ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__"):
         monkeypatch.setattr(Tensor, name, read)
+    monkeypatch.setattr(metrics, "_item", read)
     for i in range(200):
         value = torch.ones(()) * i
         for name in ("a", "b", "c"):

@@ -123,9 +123,9 @@ def test_at_most_sixty_library_calls_per_batch() -> None:
 
     def profile(frame: Any, event: str, argument: Any) -> None:
         nonlocal count
-        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
-            count += 1
-            if frame.f_code.co_name == "step_seed":
+        if event == "call":
+            count += frame.f_code.co_filename.startswith(PACKAGE)
+            if frame.f_code is Plain.step.__code__:
                 at_batch.append(count)
 
     sys.setprofile(profile)
@@ -134,4 +134,4 @@ def test_at_most_sixty_library_calls_per_batch() -> None:
     finally:
         sys.setprofile(None)
     calls = [b - a for a, b in pairwise(at_batch)]
-    assert max(calls) <= 60, calls
+    assert 5 <= min(calls) <= max(calls) <= 60, calls
