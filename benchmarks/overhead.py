@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata, util
 from itertools import cycle, islice
 from pathlib import Path
@@ -62,6 +62,19 @@ def made_batches(steps: int, device: str) -> list[tuple[Tensor, Tensor]]:
     """A list of `steps` batches made beforehand; 64 different ones, so that memory stays small."""
     made = [(torch.rand(BATCH, 784).to(device), torch.randint(0, 10, (BATCH,)).to(device)) for _ in range(64)]
     return list(islice(cycle(made), steps))
+
+
+class Batches:
+    """A list of batches as an iterable that is no list."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
 
 
 def ordinary_loader(steps: int, device: str) -> DataLoader[tuple[Tensor, ...]]:
@@ -226,7 +239,8 @@ def with_lightning(defaults: bool) -> Callable[..., None]:
             enable_progress_bar=defaults,
             enable_model_summary=defaults,
         )
-        trainer.fit(Theirs(model), batches)
+        # A list would be taken for a list of loaders.
+        trainer.fit(Theirs(model), Batches(batches) if isinstance(batches, list) else batches)
 
     return contender
 
