@@ -20,19 +20,24 @@ class Fetch(NamedTuple):
 
 
 class SeededDataset(Dataset[Any]):
-    """The user's map-style dataset; one call reads one batch and seeds torch, NumPy and `random` before it."""
+    """The user's map-style dataset; one call reads one batch and seeds torch, NumPy and `random` before it.
 
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
+    `seeded=False` leaves the seeding out, for data that nothing random is done to.
+    """
+
+    def __init__(self, inner: Any, seeded: bool = True) -> None:
+        self.inner, self.seeded = inner, seeded
 
     def __getitem__(self, fetch: Fetch) -> Any:
         """Read what the DataLoader does not batch (`batch_size=None`)."""
-        seeds.seed_all(fetch.seed)
+        if self.seeded:
+            seeds.seed_all(fetch.seed)
         return self.inner[fetch.index]
 
     def __getitems__(self, fetch: Fetch) -> Any:
         """Read the samples of one batch, as torch would: by the dataset's own `__getitems__` where it has one."""
-        seeds.seed_all(fetch.seed)
+        if self.seeded:
+            seeds.seed_all(fetch.seed)
         read_many = getattr(self.inner, "__getitems__", None)
         if read_many:
             return read_many(fetch.index)

@@ -7,7 +7,8 @@ The user's loader is not changed: a copy of it reads the same dataset by the sam
     seed all by order_seed(seed, e)               this process
     iter(sampler), draw torch's base seed         this process
     for batch k: index = next(sampler)            this process
-        seed all by data_seed(seed, e, k)         where the batch is read: a worker or this process
+        seed all by data_seed(seed, e, k)         where the batch is read: a worker or this process; left out
+                                                  where torch alone puts the batch together from tensors
         dataset[...] and collate_fn               where the batch is read
 """
 
@@ -25,8 +26,12 @@ from torch.utils.data import (
     MapDataPipe,
     RandomSampler,
     SequentialSampler,
+    Subset,
     SubsetRandomSampler,
+    TensorDataset,
     WeightedRandomSampler,
+    default_collate,
+    default_convert,
 )
 
 from lightdeco import seeds
@@ -88,6 +93,14 @@ def _draws_once(sampler: Any) -> bool:
     return type(sampler) in (*_DRAW_ONCE, list, tuple, range)
 
 
+def _only_tensors(loader: Any) -> bool:
+    """Whether a batch is put together from tensors by torch alone, so that nothing random happens to it."""
+    dataset = loader.dataset
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    return type(dataset) is TensorDataset and loader.collate_fn in (default_collate, default_convert)
+
+
 class IndexedSource:
     """A DataLoader over a map-style dataset."""
 
@@ -98,7 +111,8 @@ class IndexedSource:
         self._loader = loader
         self._order = _Order(loader)
         sampler = "sampler" if loader.batch_sampler is None else "batch_sampler"
-        self._clone = _clone(loader, SeededDataset(loader.dataset), **{sampler: self._order})
+        dataset = SeededDataset(loader.dataset, seeded=not _only_tensors(loader))
+        self._clone = _clone(loader, dataset, **{sampler: self._order})
 
     def batches(self, seed: int, epoch: int, start: int) -> Batches:
         """The batches of an epoch from `start` on."""

@@ -18,7 +18,9 @@ from torch.utils.data import (
     RandomSampler,
     Sampler,
     SequentialSampler,
+    Subset,
     SubsetRandomSampler,
+    TensorDataset,
     WeightedRandomSampler,
     get_worker_info,
 )
@@ -428,6 +430,31 @@ def test_other_iterables_are_seeded_before_each_batch() -> None:
     assert first == second == random.random()
     seeds.seed_all(seeds.data_seed(SEED, 3, 1))
     assert drawn == draws()
+
+
+def test_tensors_put_together_by_torch_alone_are_not_seeded() -> None:
+    """A plain TensorDataset draws nothing, so nothing is seeded; a subclass or another collate function may draw."""
+
+    class Noisy(TensorDataset):
+        def __getitem__(self, i: int) -> Any:
+            return (torch.rand(()),)
+
+    def second(dataset: Any, **options: Any) -> Any:
+        batches = Loader(DataLoader(dataset, batch_size=2, **options), SEED).batches(0)
+        next(batches)
+        torch.manual_seed(1)
+        batch, after = next(batches)[0].tolist(), torch.rand(()).item()
+        torch.manual_seed(1)
+        return batch, after == torch.rand(()).item()
+
+    plain = TensorDataset(torch.arange(6.0))
+    assert second(plain) == ([2.0, 3.0], True)
+    assert second(Subset(plain, [5, 4, 3, 2])) == ([3.0, 2.0], True)
+    torch.manual_seed(seeds.data_seed(SEED, 0, 1))
+    drawn = [torch.rand(()).item(), torch.rand(()).item()]
+    assert second(Noisy(torch.arange(6.0))) == (drawn, False)
+    assert second(Subset(Noisy(torch.arange(6.0)), range(6))) == (drawn, False)
+    assert second(plain, collate_fn=lambda samples: (torch.rand(2),))[0] == pytest.approx(drawn)
 
 
 def test_lists_are_neither_copied_nor_seeded() -> None:
