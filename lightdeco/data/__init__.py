@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightdeco.errors import DataError, nearest
+
 from .combined import CombinedLoader as CombinedLoader
 from .combined import check_loader, is_array, is_several
-from lightdeco.errors import DataError, nearest
 from .loader import Loader
 
 STAGES = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}

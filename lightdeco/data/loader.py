@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch.utils.data import DataLoader
 
 from lightdeco import seeds
+
 from .combined import CombinedLoader, rounds
 from .rebuilt import Batches, IndexedSource, StreamedSource, end_workers, is_stream, prepared, rebuildable, release
 

@@ -35,6 +35,7 @@ from torch.utils.data import (
 )
 
 from lightdeco import seeds
+
 from .fetch import Fetch, SeededDataset, SeededStream, WorkerInit
 
 Batches = Generator[Any, None, None]
