@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch.optim import Optimizer
 
 from .errors import LightdecoError
@@ -56,8 +57,36 @@ def log(
     >>> import lightdeco as ld
     >>> ld.log("outside/a/run", 1.0)
     """
-    if _active is not None:
+    if _active is None:
+        return
+    if torch.compiler.is_compiling() and (isinstance(value, (torch.Tensor, float, int))):
+        tensor = value.detach() if isinstance(value, torch.Tensor) else torch.tensor(float(value))
+        torch.ops.lightdeco.log(_compiled, tensor, name, prog_bar, on_step, on_epoch, reduce, batch_size)
+    else:
         _active.log(name, value, prog_bar, on_step, on_epoch, reduce, batch_size)
+
+
+@torch.library.custom_op("lightdeco::log", mutates_args=("graph",))
+def _log(
+    graph: torch.Tensor,
+    value: torch.Tensor,
+    name: str,
+    prog_bar: bool,
+    on_step: bool | None,
+    on_epoch: bool | None,
+    reduce: str,
+    batch_size: int | None,
+) -> None:
+    """`log` as one operation of a compiled graph, so that it does not break it.
+
+    An operation without a result would be removed; one that changes `graph` stays.
+    """
+    if _active is not None:
+        _active.log(name, value, prog_bar, on_step, on_epoch, cast(Reduce, reduce), batch_size)
+
+
+_log.register_fake(lambda *given: None)
+_compiled = torch.zeros((), device="cpu")
 
 
 def log_dict(

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from . import launch, loggers, seeds
+from .compiling import compile_forward
 from .current import active
 from .data import loaders, split, to_device
 from .errors import DataError, MarkError, SettingsError, warn
@@ -163,6 +164,8 @@ def _set_up(s: Session, writes: bool, stack: ExitStack) -> None:
     arguments = launch.accelerator_arguments(s.plan.one("configure_accelerator"), configured)
     accelerator = run.accelerator = launch.make_accelerator(settings, arguments)
     run.device = accelerator.device
+    if settings.compile is not False:
+        stack.callback(compile_forward(model, settings.compile))
     s.steps = Steps(model, {role: s.plan.step(role, run) for role in STAGE_STEP.values() if role in call})
     wrapped = accelerator.prepare_model(s.steps)
     bare = wrapped is s.steps and "forward" not in vars(s.steps) and "training_step" in call

@@ -33,7 +33,6 @@ UNAVAILABLE: dict[str, tuple[object, ...]] = {
     "precision": ("32-true", "bf16-mixed"),
     "sync_batchnorm": (False,),
     "use_distributed_sampler": (True,),
-    "compile": (False,),
     "process_timeout": (None,),
     "oom": ("raise",),
     "checkpoint": (True, False),
@@ -82,7 +81,7 @@ class Settings:
     use_distributed_sampler: bool = True
     """Split the data over the processes."""
     compile: bool | dict[str, Any] = False
-    """`torch.compile` the model; a dict holds its options."""
+    """`torch.compile` the model's forward; a dict holds its options."""
     benchmark: bool | None = None
     """`torch.backends.cudnn.benchmark` during the run; None leaves it as it is."""
     deterministic: bool | Literal["warn"] = False

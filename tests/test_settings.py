@@ -397,8 +397,6 @@ def test_shown_values_are_short() -> None:
         ("sync_batchnorm", True, "False"),
         ("use_distributed_sampler", False, "True"),
         ("process_timeout", 5, "None"),
-        ("compile", True, "False"),
-        ("compile", {}, "False"),
         ("oom", "micro", "'raise'"),
         ("resume", "auto", "None"),
         ("log_gradients", True, "False"),
