@@ -1,7 +1,9 @@
 """What stands between a verb and the user's code: frames, and library calls per batch."""
 
+import gc
 import sys
 import traceback
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -135,3 +137,44 @@ def test_at_most_sixty_library_calls_per_batch() -> None:
         sys.setprofile(None)
     calls = [b - a for a, b in pairwise(at_batch)]
     assert 5 <= min(calls) <= max(calls) <= 60, calls
+
+
+def test_after_fit_nothing_of_optimizer_and_batches_survives() -> None:
+    """Run and model are kept; batches, losses, gradients' graph and the optimizer with its state are freed."""
+    seen: list[weakref.ref[Any]] = []
+
+    class Watched(Net):
+        @ld.training_step
+        def step(self, batch: Any) -> Any:
+            loss = F.cross_entropy(self(batch[0]), batch[1])
+            seen.extend(weakref.ref(tensor) for tensor in (batch[0], loss))
+            return {"loss": loss, "acc": loss.detach()}
+
+        @ld.configure_optimizers
+        def adam(self) -> Any:
+            optimizer = torch.optim.Adam(self.parameters())
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+            seen.extend((weakref.ref(optimizer), weakref.ref(scheduler)))
+            return optimizer, scheduler
+
+        @ld.on_fit_end
+        def look(self, run: ld.Run) -> None:
+            state = run.optims[""].optimizer.state
+            seen.extend(weakref.ref(values["exp_avg"]) for values in state.values())
+
+    def data() -> Any:
+        for _ in range(3):
+            yield torch.rand(4, 4), torch.zeros(4, dtype=torch.long)
+
+    class Data:
+        @ld.train_dataloader
+        @ld.val_dataloader
+        def loader(self) -> Any:
+            return list(data())
+
+    model = Watched()
+    run = ld.fit(model, Data(), max_epochs=2, **QUIET)
+    gc.collect()
+    assert len(seen) > 10
+    assert [each for ref in seen if (each := ref()) is not None] == []
+    assert run.global_step == 6
