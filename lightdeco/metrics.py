@@ -6,8 +6,9 @@ there, which costs one small kernel. Nothing waits for the device but `Means.win
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from operator import mul
+from collections.abc import Callable
+from functools import reduce
+from operator import add, mul
 from typing import Any, Final, Literal, get_args
 
 import torch
@@ -37,16 +38,13 @@ def _copied(weight: Tensor) -> Any:
     return weight.detach().clone() if waits(weight.device) else _item(weight)
 
 
-def _extreme(pick: Callable[[Iterable[float]], float]) -> Callable[[Sequence[float]], float]:
-    return lambda values: math.nan if any(map(math.isnan, values)) else pick(values)
-
-
-_REDUCE: Final[dict[str, Callable[[Sequence[float]], float]]] = {
-    "mean": sum,  # of values times weights
-    "sum": sum,
-    "min": _extreme(min),
-    "max": _extreme(max),
-    "last": lambda values: values[-1],
+#: How two values become one. Values are folded from left to right, so that when they are read changes no bit.
+_FOLD: Final[dict[str, Callable[[float, float], float]]] = {
+    "mean": add,  # of values times weights
+    "sum": add,
+    "min": lambda a, b: a if a != a or a < b else b,  # a NaN stays
+    "max": lambda a, b: a if a != a or a > b else b,
+    "last": lambda a, b: b,
 }
 
 
@@ -112,11 +110,11 @@ class Series:
                 values, weights = [values[i] for i in good], [weights[i] for i in good]
         if not values:
             return
-        mean, reduce, weight = self.reduce == "mean", _REDUCE[self.reduce], sum(weights)
-        partial = reduce(list(map(mul, values, weights)) if mean else values)
+        fold, amounts = _FOLD[self.reduce], list(map(mul, values, weights)) if self.reduce == "mean" else values
         for scope in ("window", "epoch"):
-            old = self._totals.get(scope)
-            self._totals[scope] = (partial, weight) if old is None else (reduce((old[0], partial)), weight + old[1])
+            old, weight = self._totals.get(scope, (None, 0))
+            total = reduce(fold, amounts) if old is None else reduce(fold, amounts, old)
+            self._totals[scope] = total, reduce(add, weights, weight)
 
     def take(self, scope: Literal["window", "epoch"]) -> float | None:
         """The value since the last take of this scope, and begin anew; None without values."""
@@ -229,7 +227,7 @@ def check(name: str, value: object, reduce: str) -> None:
     Raises:
         StepError: the value is no scalar, or `reduce` is no way to reduce.
     """
-    if reduce not in _REDUCE:
+    if reduce not in _FOLD:
         allowed = get_args(Reduce)
         raise StepError(f"ld.log({name!r}, reduce={reduce!r}); allowed: {allowed}{nearest(str(reduce), allowed)}")
     if not is_scalar(value):

@@ -190,6 +190,19 @@ def test_a_nan_stays_in_every_reduction_whenever_it_is_read() -> None:
             assert math.isnan(held.epoch("")["x"]), (reduce, values)
 
 
+def test_when_values_are_read_changes_no_bit() -> None:
+    """The epoch's mean is the same to the last bit, whatever was recorded or saved in between."""
+    values = [0.1 * i + 1e-9 * i * i for i in range(300)]
+    seldom, often = Means(CPU), Means(CPU)
+    for i, value in enumerate(values):
+        seldom.add("x", value, 3 + i % 2)
+        often.add("x", value, 3 + i % 2)
+        if i % 7 == 0:
+            often.first_bad()
+    assert seldom.epoch() == often.epoch()
+    assert seldom.window() == often.window()
+
+
 @pytest.mark.gpu
 def test_logging_does_not_wait_for_a_device() -> None:
     """Torch raises at every synchronisation; values and weights from both sides, across folds."""
