@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "examples": ["scikit-learn>=1.4", "matplotlib>=3.8", "torchvision>=0.21"],
     "plot": ["matplotlib>=3.8"],
+    "stats": ["psutil>=6.0", "nvidia-ml-py>=12.0"],
     "torchmetrics": ["torchmetrics>=1.4"],
     "vision": ["torchvision>=0.21"],
     "wandb": ["wandb>=0.19"],
@@ -48,6 +49,7 @@ setup(
         "tensorboard>=2.18",
         "torch>=2.6",
         "typing_extensions>=4.12",
+        "xxhash>=3.5",
     ],
     extras_require={
         **EXTRAS,

@@ -14,13 +14,35 @@
 3
 """
 
+__version__ = "0.1.0"
+
 from . import loggers, seeds
 from .attach import (
     attach,
 )
+from .callbacks import (
+    DeviceStats,
+    EarlyStopping,
+    LambdaCallback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelSummary,
+    ProgressBar,
+    ThroughputMonitor,
+    Timer,
+)
+from .checkpoint import (
+    load_weights,
+)
 from .current import (
     log,
+    log_artifact,
     log_dict,
+    log_figure,
+    log_histogram,
+    log_image,
+    log_table,
+    log_text,
     optimizers,
     schedulers,
 )
@@ -131,6 +153,10 @@ from .seeds import (
 from .settings import (
     Settings,
 )
+from .tune import (
+    find_batch_size,
+    lr_find,
+)
 
 __version__ = "0.1.0"
 
@@ -139,20 +165,29 @@ __all__ = [
     "CheckpointError",
     "CombinedLoader",
     "DataError",
+    "DeviceStats",
+    "EarlyStopping",
     "HparamsMixin",
+    "LambdaCallback",
     "LaunchError",
+    "LearningRateMonitor",
     "LightdecoError",
     "LightdecoMixin",
     "LightdecoWarning",
     "LogMixin",
     "LoggerError",
     "MarkError",
+    "ModelCheckpoint",
+    "ModelSummary",
     "Optim",
     "OptimizerMixin",
+    "ProgressBar",
     "Run",
     "Settings",
     "SettingsError",
     "StepError",
+    "ThroughputMonitor",
+    "Timer",
     "TrainerMixin",
     "attach",
     "backward",
@@ -161,10 +196,19 @@ __all__ = [
     "configure_callbacks",
     "configure_model",
     "configure_optimizers",
+    "find_batch_size",
     "fit",
+    "load_weights",
     "log",
+    "log_artifact",
     "log_dict",
+    "log_figure",
+    "log_histogram",
+    "log_image",
+    "log_table",
+    "log_text",
     "loggers",
+    "lr_find",
     "lr_scheduler_step",
     "on",
     "on_after_backward",

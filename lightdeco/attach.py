@@ -7,6 +7,7 @@ from typing import Any, Final, TypeVar
 from .errors import MarkError, nearest
 from .marks import Mark, marks_of
 from .roles import ROLES
+from .settings_checks import shown
 
 T = TypeVar("T")
 
@@ -50,15 +51,17 @@ def attach(thing: T, /, **functions: Any) -> T:
     new = _Attachments(vars(thing).get(ATTACHED, {}))
     for name, given in functions.items():
         if name not in ROLES:
-            hint = nearest(name, ROLES) or f"; allowed: {', '.join(ROLES)}"
+            roles = ", ".join(role.name for role in ROLES.values() if role.kind != "event")
+            hint = nearest(name, ROLES) or f"; allowed: {roles}, and events, such as on_train_epoch_end"
             raise MarkError(f"ld.attach: {name!r} is no role{hint}")
         several = isinstance(given, (list, tuple))
         if several and ROLES[name].kind != "event":
             raise MarkError(f"ld.attach: {name} takes one function, not {type(given).__name__}")
         new = _Attachments({key: a for key, a in new.items() if a.mark.role != name})
         for i, function in enumerate(given if several else [given]):
-            if not callable(function):
-                raise MarkError(f"ld.attach: {name}={function!r} cannot be called; give a function of the object")
+            if isinstance(function, type) or not callable(function):
+                what = "is a class" if isinstance(function, type) else "cannot be called"
+                raise MarkError(f"ld.attach: {name}={shown(function)} {what}; give a function of the object")
             mark = next((m for m in marks_of(function) if m.role == name), Mark(name))
             new[f"{name}[{i}]" if several else name] = Attachment(mark, function)
     if isinstance(thing, type):

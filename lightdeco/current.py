@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch.optim import Optimizer
 
 from .errors import LightdecoError
+from .loggers.values import check, check_file
 from .metrics import Reduce
 from .optim import Optim
 from .run import Run
@@ -100,6 +102,66 @@ def log_dict(
     """Log several scalars at once, each as `log` does."""
     for name, value in values.items():
         log(name, value, prog_bar, on_step, on_epoch, reduce, batch_size)
+
+
+def log_image(name: str, value: Any) -> None:
+    """Show an image at the present step in the loggers that can; outside a run this does nothing.
+
+    This and its like are recorded on the main process only, at once, not as means. Values are copied at the call, which
+    waits for the device that holds them.
+
+    Args:
+        name: the name it is shown under.
+        value: a tensor or array, HxW, CxHxW or HxWxC with 1, 3 or 4 channels, floats in 0..1 or uint8.
+
+    Raises:
+        StepError: a wrong name or value.
+
+    >>> import lightdeco as ld
+    >>> log_image("outside/a/run", None)
+    """
+    _show("log_image", name, value)
+
+
+def log_figure(name: str, value: Any) -> None:
+    """Show a matplotlib figure at the present step, as `log_image` does; it is drawn at the call and stays open."""
+    _show("log_figure", name, value)
+
+
+def log_histogram(name: str, value: Any) -> None:
+    """Show the distribution of a tensor's, array's or list's values at the present step, as `log_image` does."""
+    _show("log_histogram", name, value)
+
+
+def log_text(name: str, value: str) -> None:
+    """Show a text at the present step, as `log_image` does; some loggers read markdown."""
+    _show("log_text", name, value)
+
+
+def log_table(name: str, value: Any) -> None:
+    """Show a table at the present step, as `log_image` does: a dict of columns, a list of dicts, or a data frame."""
+    _show("log_table", name, value)
+
+
+def log_artifact(path: str | Path) -> None:
+    """Keep a file or directory with the loggers that can; outside a run this does nothing.
+
+    It is read later, on another thread, so it must stay as it is until the run ends.
+
+    Raises:
+        StepError: it is no path, or nothing is there.
+    """
+    if _active is not None and _active.is_main and _active.stage != "sanity":
+        _active.loggers.log_artifact(check_file(path))
+
+
+def _show(function: str, name: str, value: Any) -> None:
+    run = _active
+    if run is None:
+        return
+    check(function, name, value)  # on every process, so that all of them end
+    if run.is_main and run.stage != "sanity":
+        getattr(run.loggers, function)(name, value, run.global_step)
 
 
 def optimizers() -> Optimizer | dict[str, Optimizer]:

@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from torch import nn
@@ -48,12 +48,22 @@ def missing(verb: str, model: nn.Module, role: str) -> str:
     message = f"ld.{verb} needs a @{role}, and {name} marks none"
     functions = _functions(model)
     marked = marked_methods(model)
-    likely = [n for n in _LOOKS_LIKE.get(role, ()) if n in functions and n not in marked]
+    for other, function, carried in _on_instance(model):
+        if carried == role:
+            where = where_is(model, other, function)
+            return f"{message}; the one on the instance, {where}, is no method: use ld.attach(…, {role}=…)"
+    free = [name for name in functions if name not in marked]
+    likely = [name for name in _LOOKS_LIKE.get(role, ()) if name in free]
+    likely += difflib.get_close_matches(role, free, n=1, cutoff=0.75)
     if likely:
         where = where_is(model, likely[0], functions[likely[0]])
-        message += f"; `{likely[0]}` looks like a {role.replace('_', ' ')} but is not decorated: {where}"
+        message += (
+            f"; `{likely[0]}` looks like a {role.replace('_', ' ')} but is not decorated: {where}; add @ld.{role}"
+        )
     elif role == "test_step" and (check := _carrier(marked, "validation_step")):
         message += f"; to test as you validate, put @ld.test_step on `{check}` as well"
+    elif holder := _removed(model, role):
+        message += f": {holder} = None removes the inherited one; leave that out, or mark another method"
     else:
         message += f"; decorate the method that does it with @ld.{role}"
     for path, module in model.named_modules():
@@ -71,14 +81,26 @@ def _carrier(marked: Mapping[str, tuple[Any, tuple[Mark, ...]]], role: str) -> s
     return ""
 
 
+def _removed(thing: object, role: str) -> str:
+    """`Class.method`, where a class puts None in the place of an inherited method with this role, or nothing."""
+    found: dict[str, str] = {}
+    for cls in reversed(type(thing).__mro__):
+        for name, value in vars(cls).items():
+            if any(mark.role == role for mark in marks_of(value)):
+                found[name] = ""
+            elif value is None and name in found:
+                found[name] = f"{cls.__name__}.{name}"
+    return next((holder for holder in found.values() if holder), "")
+
+
 def _functions(thing: object) -> dict[str, Any]:
-    """The plain functions of the user's own classes of an object."""
+    """The plain functions of the user's own classes of an object, those left out that a subclass replaces."""
     ours_or_theirs = ("torch.", "builtins", "lightdeco.", "lightning.", "pytorch_lightning.", "transformers.")
     found: dict[str, Any] = {}
     for cls in reversed(type(thing).__mro__):
         if not f"{cls.__module__}.".startswith(ours_or_theirs):
-            found |= {name: value for name, value in vars(cls).items() if inspect.isfunction(value)}
-    return found
+            found |= vars(cls)
+    return {name: value for name, value in found.items() if inspect.isfunction(value)}
 
 
 def warn_of_undecorated(thing: object) -> None:
@@ -90,20 +112,47 @@ def warn_of_undecorated(thing: object) -> None:
                 f"{where_is(thing, name, value)}, marked @{marks[0].role}, is hidden by an attribute of the instance, "
                 f"which is not called; to replace it, use ld.attach(…, {marks[0].role}=…)"
             )
+    for name, function, role in _on_instance(thing):
+        warn(
+            f"{where_is(thing, name, function)}, marked @{role}, is an attribute of the instance, so lightdeco never "
+            f"calls it; use ld.attach(…, {role}=…)"
+        )
+    for name, function, role in _undecorated(thing):
+        where = where_is(thing, name, function)
+        if name in UNAVAILABLE:
+            warn(f"{where} has the name of a role that is not available yet; it is not called")
+        elif name == role:
+            warn(f"{where} has the name of a role but is not decorated; add @ld.{name}")
+        else:
+            warn(f"{where} is not decorated, so lightdeco never calls it; is it @ld.{role}?")
+
+
+def _on_instance(thing: object) -> Iterator[tuple[str, Any, str]]:
+    """Marked functions that were put on the instance under a name of their own: name, function, role."""
+    for name, value in getattr(thing, "__dict__", {}).items():
+        if inspect.isfunction(value) and marks_of(value) and name not in marked_methods(thing):
+            yield name, value, marks_of(value)[0].role
+
+
+def example(callback: object) -> str:
+    """What to decorate in a callback without marks: its own method that looks like an event, or any."""
+    for name, function, role in _undecorated(callback):
+        return f"`{name}` with @ld.{role}: {where_is(callback, name, function)}"
+    return "@ld.on_train_epoch_end"
+
+
+def _undecorated(thing: object) -> Iterator[tuple[str, Any, str]]:
+    """Methods without a mark whose names are those of roles, or nearly: name, function, role."""
+    marked = marked_methods(thing)
     attached = {a.mark.role for a in attachments(thing).values()}
     carried = {mark.role for _, marks in marked.values() for mark in marks}
     for name, function in _functions(thing).items():
         installed = any(part in function.__code__.co_filename for part in _INSTALLED)
         if name.startswith("_") or name in marked or name in attached or marks_of(function) or installed:
             continue
-        if name in UNAVAILABLE:
-            warn(
-                f"{where_is(thing, name, function)} has the name of a role that is not available yet; it is not called"
-            )
-        elif name in ROLES:
-            warn(f"{where_is(thing, name, function)} has the name of a role but is not decorated; add @ld.{name}")
-        elif (role := _near_miss(name)) and (role not in carried or ROLES[role].kind == "event"):
-            warn(f"{where_is(thing, name, function)} is not decorated, so lightdeco never calls it; is it @ld.{role}?")
+        role = name if name in ROLES else _near_miss(name)
+        if role and (role == name or role not in carried or ROLES[role].kind == "event"):
+            yield name, function, role
 
 
 def _near_miss(name: str) -> str:

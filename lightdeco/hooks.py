@@ -5,6 +5,7 @@ of the model runs. What a method may ask for is resolved here, once.
 """
 
 import difflib
+import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable
@@ -78,15 +79,30 @@ def _hook(thing: object, owner: Owner, name: str, value: Any, mark: Mark) -> Hoo
     _refuse_unavailable(mark, where)
     _refuse_deferred(function, role, where)
     positional, keywords = _wanted(function, role, where)
-    return Hook(role, mark, thing, types.MethodType(function, thing), positional, keywords, where)
+    method: Callable[..., Any] = types.MethodType(function, thing)
+    if role.name == "configure_model":
+        method = _without_result(method, thing, where)
+    return Hook(role, mark, thing, method, positional, keywords, where)
+
+
+def _without_result(method: Callable[..., Any], thing: object, where: str) -> Callable[..., Any]:
+    """Refuse what `configure_model` returns: a new model would be dropped without a word."""
+
+    def checked(*positional: object, **keywords: object) -> None:
+        returned = method(*positional, **keywords)
+        if returned is not None and returned is not thing:
+            raise MarkError(
+                f"{where}, marked @configure_model, returned a {type(returned).__name__}; it returns nothing: put the "
+                "layers that it builds on the model (self.net = …)"
+            )
+
+    return checked
 
 
 #: Roles and arguments of the table that do nothing yet, and what to do instead. What builds one removes its row.
 UNAVAILABLE: Final = {
     "split_batch": "cut long batches in the data",
     "carry": "keep what the next batch needs in an attribute of the model",
-    "on_save_checkpoint": "no checkpoint is written",
-    "on_load_checkpoint": "no checkpoint is read",
 }
 
 
@@ -145,7 +161,8 @@ def _wanted(function: Callable[..., Any], role: Role, where: str) -> tuple[tuple
             keywords.append(p.name)
             if p.kind is inspect.Parameter.POSITIONAL_ONLY:
                 raise MarkError(
-                    f"{where}, marked @{role.name}: {p.name!r} can only be given by position, after another"
+                    f"{where}, marked @{role.name}: {p.name!r} can only be given by position, after another that is "
+                    "not offered; remove the `/`"
                 )
         else:
             positional.append(p.name)
@@ -209,6 +226,9 @@ def _refuse_doubles(hooks: Iterable[Hook]) -> None:
 def where_is(thing: object, name: str, function: object) -> str:
     """`Class.method (file:line)`."""
     function = wrapped(function)
-    code = getattr(inspect.unwrap(function) if callable(function) else function, "__code__", None)
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function) if callable(function) else function
+    code = getattr(function, "__code__", None) or getattr(vars(type(function)).get("__call__"), "__code__", None)
     line = f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""
     return f"{type(thing).__name__}.{name}{line}"

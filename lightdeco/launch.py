@@ -1,17 +1,16 @@
-"""Devices, precision and strategy -> an Accelerator; the run's directory; what is put back after a verb."""
+"""Devices, precision and strategy -> an Accelerator; what is put back after a verb."""
 
 import functools
+import inspect
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 
 from . import seeds
-from .errors import LaunchError, MarkError, SettingsError
+from .errors import LaunchError, MarkError, nearest
 from .plan import Hook
 from .settings import Settings
 
@@ -55,12 +54,18 @@ def accelerator_arguments(hook: Hook | None, returned: object) -> dict[str, Any]
     """What `configure_accelerator` returned, checked against the arguments of `accelerate.Accelerator`.
 
     Raises:
-        MarkError: no dict with str keys.
+        MarkError: no dict with str keys, or an argument that `Accelerator` does not take.
     """
     if hook is None:
         return {}
     if not isinstance(returned, dict) or not all(isinstance(key, str) for key in returned):
         raise MarkError(f"{hook.where} returned {type(returned).__name__}; return a dict of arguments for Accelerator")
+    from accelerate import Accelerator
+
+    allowed = list(inspect.signature(Accelerator).parameters)
+    for key in returned:
+        if key not in allowed:
+            raise MarkError(f"{hook.where} returned {key!r}, which Accelerator does not take{nearest(key, allowed)}")
     return returned
 
 
@@ -122,57 +127,6 @@ def torch_flags(settings: Settings) -> Iterator[None]:
     finally:
         torch.backends.cudnn.benchmark = benchmark
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
-
-
-# ---- the run's directory ---------------------------------------------------------------------------------------------
-
-
-def make_directory(settings: Settings, class_name: str) -> Path:
-    """Make the run's directory, exclusively: `<root_dir>/<name>`, or `<root_dir>/<Class>/version_<n>`.
-
-    Raises:
-        SettingsError: the name exists (without `overwrite`), or `root_dir` cannot be written.
-    """
-    root = Path(settings.root_dir)
-    try:
-        if settings.name is not None:
-            return _named(root, settings.name, settings.overwrite)
-        parent = root / class_name
-        parent.mkdir(parents=True, exist_ok=True)
-        versions = [int(n) for p in parent.iterdir() if (n := p.name.removeprefix("version_")).isdecimal()]
-        version = max(versions, default=-1) + 1
-        while True:  # another process may make the same one: mkdir decides
-            try:
-                (parent / f"version_{version}").mkdir()
-                break
-            except FileExistsError:
-                version += 1
-        return _writable(parent / f"version_{version}")
-    except OSError as error:
-        raise SettingsError(f"root_dir={str(root)!r} cannot be written: {error}; give a directory that can") from error
-
-
-def _named(root: Path, name: str, overwrite: bool) -> Path:
-    path = root / name
-    root.mkdir(parents=True, exist_ok=True)
-    try:
-        path.mkdir()
-    except FileExistsError:
-        if not overwrite:
-            raise SettingsError(f"name={name!r}: {path} exists; give another name, or overwrite=True") from None
-        ours = (
-            path.is_dir() and not path.is_symlink() and ((path / "metrics.jsonl").exists() or not any(path.iterdir()))
-        )
-        if not ours:
-            raise SettingsError(f"name={name!r}: {path} is no run of lightdeco, so it is not overwritten") from None
-        shutil.rmtree(path)
-        path.mkdir()
-    return _writable(path)
-
-
-def _writable(path: Path) -> Path:
-    (path / "metrics.jsonl").touch(exist_ok=False)
-    return path
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------

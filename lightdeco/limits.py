@@ -7,19 +7,26 @@ from .data.loader import Loader
 from .errors import SettingsError, warn
 from .run import Run
 from .settings import Settings
+from .signals import Signals
+
+_OWN = ("max_epochs", "max_steps", "max_time")
 
 
 class Limits:
     """Whether training has come to its end, and why."""
 
-    def __init__(self, settings: Settings, run: Run) -> None:
-        self._settings, self._run, self._progress = settings, run, run.progress
+    def __init__(self, settings: Settings, run: Run, signals: Signals, started: float, finished: str | None) -> None:
+        self._settings, self._run, self._progress, self._signals = settings, run, run.progress, signals
+        # What ended a run that is resumed ends it again, unless it was a limit, which may have been raised.
+        self._finished = None if finished in _OWN else finished
         self._max_steps = float("inf") if settings.max_steps is None else settings.max_steps
         seconds = settings.max_seconds
-        self._deadline = None if seconds is None else time.monotonic() + seconds
+        self._deadline = None if seconds is None else started + seconds
 
     def reached(self) -> str | None:
         """Asked after each batch: the reason to stop now, or None."""
+        if self._signals.received is not None:
+            return self._signals.name
         if self._progress.global_step >= self._max_steps:
             return "max_steps"
         if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -30,6 +37,8 @@ class Limits:
 
     def between_epochs(self) -> str | None:
         """Asked before each epoch: the reason to stop now, or None."""
+        if self._finished is not None:
+            return self._finished
         limit = self._run.max_epochs
         if limit is not None and self._run.epoch >= limit:
             return self.reached() or "max_epochs"

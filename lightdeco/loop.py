@@ -6,6 +6,7 @@
         configure_model; configure_accelerator
         train_dataloader; val_dataloader
         configure_optimizers
+        on_load_checkpoint                                 (of a run that is resumed)
         on_fit_start
         on_sanity_check_start; [evaluate a few batches, recording nothing]; on_sanity_check_end
         on_train_start
@@ -24,10 +25,13 @@
                 on_train_batch_end                         (global_step counts this batch)
                 [record, every log_every_n_steps]
                 [evaluate, every val_check_interval]
+                on_save_checkpoint; [save, when it is due]
             [evaluate]
             on_train_epoch_end
             [record the epoch]
             lr_scheduler_step                              (schedulers by epoch)
+            [save, when it is due]
+        [save]
         on_train_end
         on_fit_end
         teardown("fit")
@@ -60,9 +64,11 @@ from .data.loader import Loader
 from .errors import DataError
 from .limits import Limits, accumulation, cut, expected, val_interval
 from .metrics import Means
-from .opening import opened, prepare, reload, warn_without_effect
+from .opening import opened, reload
 from .optim import Closure, Window, finite_gradients, monitored
 from .plan import Plan
+from .preparing import prepare, warn_without_effect
+from .resuming import Weights
 from .roles import SKIP_EPOCH, STAGE_STEP
 from .run import Run
 from .session import Session
@@ -112,69 +118,89 @@ def fit(
     """
     resolved = resolve(settings, overrides)
     plan, given = prepare("fit", model, data, resolved)
-    with opened(plan, given, resolved, writes=not resolved.fast_dev_run) as s, s.process.entered(), active(s.run):
+    writes = not resolved.fast_dev_run
+    with opened(plan, given, resolved, writes) as s, s.process.entered(), active(s.run), s.signals.caught():
         run, call = s.run, s.call
-        limits = Limits(resolved, run)
+        limits = Limits(resolved, run, s.signals, s.started, s.finished)
         interval = val_interval(resolved, "val" in s.loaders, run.num_train_batches)
         call["on_fit_start"]()
         if s.checks_sanity():
             _sanity_check(s)
-        run.stage, run.means = "train", Means(run.device, watch="train/loss")
-        run.means.series["train/loss"].finite_only = resolved.on_nan == "skip"
+        run.stage, run.means = "train", s.means
         call["on_train_start"]()
         while (reason := limits.between_epochs()) is None:
             reload(s)
             call["on_train_epoch_start"]()
-            if not _train_epoch(s, limits, interval):
-                _record_window(s)
-                run.means.forget()
-                reason = limits.reached()
-                break
-            _end_epoch(s, interval)
+            if _train_epoch(s, limits, interval):
+                _end_epoch(s, interval)
         run.stop_reason = reason
+        _save_at_the_end(s)
+        if run.progress.batch:  # an epoch was cut short
+            _record_window(s)
+            run.means.forget()
         call["on_train_end"]()
         call["on_fit_end"]()
     return run
 
 
 def validate(
-    model: nn.Module, data: Any = None, *, settings: Settings | None = None, **overrides: "Unpack[Overrides]"
+    model: nn.Module,
+    data: Any = None,
+    *,
+    weights: Weights = None,
+    settings: Settings | None = None,
+    **overrides: "Unpack[Overrides]",
 ) -> dict[str, float]:
-    """Run `@validation_step` over the validation data and return its metrics; weights are not changed."""
-    return _evaluation("validate", model, data, settings, overrides)
+    """Run `@validation_step` over the validation data and return its metrics.
+
+    `weights`: "best", "last" or the path of a checkpoint, which is loaded into the model; by default the model's own.
+    """
+    return _evaluation("validate", model, data, weights, settings, overrides)
 
 
 def test(
-    model: nn.Module, data: Any = None, *, settings: Settings | None = None, **overrides: "Unpack[Overrides]"
+    model: nn.Module,
+    data: Any = None,
+    *,
+    weights: Weights = None,
+    settings: Settings | None = None,
+    **overrides: "Unpack[Overrides]",
 ) -> dict[str, float]:
-    """Run `@test_step` over the test data and return its metrics; weights are not changed."""
-    return _evaluation("test", model, data, settings, overrides)
+    """Run `@test_step` over the test data and return its metrics; `weights` as in `validate`."""
+    return _evaluation("test", model, data, weights, settings, overrides)
 
 
 vars(test)["__test__"] = False  # pytest must not collect it
 
 
-def _evaluation(verb: str, model: nn.Module, data: Any, settings: Settings | None, overrides: Any) -> dict[str, float]:
+def _evaluation(
+    verb: str, model: nn.Module, data: Any, weights: Weights, settings: Settings | None, overrides: Any
+) -> dict[str, float]:
     resolved = resolve(settings, overrides)
     warn_without_effect(verb, overrides)
     plan, given = prepare(verb, model, data, resolved)
     writes = bool(overrides.get("logger"))  # an evaluation writes files only when it is asked to, in this very call
-    with opened(plan, given, resolved, writes) as s, s.process.entered(), active(s.run):
+    with opened(plan, given, resolved, writes, weights) as s, s.process.entered(), active(s.run):
         return _evaluate(s, "val" if verb == "validate" else "test")
 
 
 def predict(
-    model: nn.Module, data: Any = None, *, settings: Settings | None = None, **overrides: "Unpack[Overrides]"
+    model: nn.Module,
+    data: Any = None,
+    *,
+    weights: Weights = None,
+    settings: Settings | None = None,
+    **overrides: "Unpack[Overrides]",
 ) -> Iterator[Any]:
     """Yield what `@predict_step` returns for each batch, in the order of the data, holding one batch at a time.
 
     The arguments are checked at the call; nothing runs before the first output is asked for. Left half-way, the
-    generator releases its workers.
+    generator releases its workers. `weights` as in `validate`.
     """
     resolved = resolve(settings, overrides)
     warn_without_effect("predict", overrides)
     plan, given = prepare("predict", model, data, resolved)
-    return _predict(plan, given, resolved)
+    return _predict(plan, given, resolved, weights)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -188,8 +214,11 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
     reseed, step, transfer, (zero_grad, backward) = s.reseed, s.wrapped, s.transfer, s.gradients
     on_start, on_before_zero, on_before, on_after, on_end = (s.heard(name) for name in _TRAIN_BATCH)
     plain, log_every, losses = s.plain_update, settings.log_every_n_steps, run.means.series["train/loss"]
-    size, skipped = accumulation(settings, progress.epoch), False
-    window = Window(size)
+    size, skipped, saver = accumulation(settings, progress.epoch), False, s.saver
+    window = s.window = Window(size)
+    s.first_micro_batch = progress.micro_batch - progress.batch
+    if s.validation_due(interval):  # a resumed run may have been stopped before it
+        _evaluate(s, "val")
     with closing(loader.batches(0 if settings.overfit_batches else progress.epoch, progress.batch)) as batches:
         left = islice(batches, cut(settings, loader, "train", progress.batch))
         step_seeds = seeds.step_seeds(run.seed, run.rank, progress.micro_batch)
@@ -222,7 +251,6 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
             if scalars or metrics:
                 _log(run, "train/", scalars, metrics, weight)
 
-            progress.micro_batch += 1
             progress.batch += 1
             updated = size == 1
             if plain and updated:
@@ -233,14 +261,17 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
             if on_end is not None:
                 on_end(batch, batch_idx, dataloader_idx, outputs)
             run.batch = None
+            progress.micro_batch += 1
 
             if updated and progress.global_step % log_every == 0:
                 _record_window(s)
             elif updated and progress.global_step >= s.checked_step + 50:
                 s.refuse_nan()
-            if interval and progress.batch % interval == 0 and s.validates():
-                s.refuse_nan()
-                _evaluate(s, "val")
+            if window.count == 0:
+                if s.validation_due(interval):
+                    _evaluate(s, "val")
+                if saver is not None:
+                    saver.boundary()
             if limits.reached() is not None:
                 return progress.batch == run.num_train_batches
     run.batch = None
@@ -307,9 +338,12 @@ def _evaluate_again(s: Session, window: Window, inputs: tuple[Any, int, int], se
 def _end_epoch(s: Session, interval: int | None) -> None:
     run, call, progress, optim = s.run, s.call, s.run.progress, s.optim
     s.refuse_nan()
+    if s.saver is not None:
+        s.saver.epoch_ends()
     means = run.means.epoch(suffix="_epoch")
     if interval is None and s.validates():
         _evaluate(s, "val")
+    s.first_micro_batch = None
     latest = {name.removesuffix("_epoch"): value for name, value in means.items()}
     run.show(means | latest)
     with run.collecting(means):
@@ -319,8 +353,20 @@ def _end_epoch(s: Session, interval: int | None) -> None:
     if optim.scheduler is not None and optim.interval == "epoch" and (progress.epoch + 1) % optim.every == 0:
         call["lr_scheduler_step"](optim.scheduler, monitored(optim, run.metrics))
     progress.epoch += 1
-    progress.batch = s.checked_batch = 0
+    progress.batch = progress.validated = s.checked_batch = 0
+    s.first_micro_batch = progress.micro_batch
     s.refuse_no_progress()
+    if s.saver is not None:
+        s.saver.boundary(progress.epoch)
+
+
+def _save_at_the_end(s: Session) -> None:
+    """The last checkpoint; after a signal, the end of the process."""
+    if s.signals.received is None:
+        s.finished = s.run.stop_reason
+    if s.saver is not None:
+        s.saver.finish()
+    s.signals.end()
 
 
 def _record_window(s: Session) -> None:
@@ -350,9 +396,11 @@ def _sanity_check(s: Session) -> None:
 def _evaluate(s: Session, stage: str, sanity: bool = False) -> dict[str, float]:
     """One pass over the loaders of a stage; returns its metrics, recorded unless this is the sanity check."""
     run, call, event = s.run, s.call, f"on_{_EVENT[stage]}"
+    s.refuse_nan()
     means = Means(run.device, elsewhere=run.means)
     with run.during("sanity" if sanity else stage, means), evaluating(run.model):
         run.num_eval_batches = expected(s.settings, s.loaders[stage], stage, sanity)
+        run.eval_loaders = tuple(loader.name for loader in s.loaders[stage])
         call[f"{event}_start"]()
         call[f"{event}_epoch_start"]()
         for index, loader in enumerate(s.loaders[stage]):
@@ -360,6 +408,7 @@ def _evaluate(s: Session, stage: str, sanity: bool = False) -> dict[str, float]:
             with closing(loader.batches(run.epoch)) as batches:
                 for batch_idx, batch in enumerate(islice(batches, limit)):
                     _evaluate_batch(s, stage, batch, batch_idx, index)
+                    s.signals.end()
             if batch_idx < 0 and limit != 0:
                 name = f" {loader.name!r}" if loader.name else ""
                 raise _empty(f"{stage} loader{name} yielded no batch", loader.one_shot)
@@ -372,6 +421,10 @@ def _evaluate(s: Session, stage: str, sanity: bool = False) -> dict[str, float]:
         else:
             run.record(stage, values)
         call[f"{event}_end"]()
+    if not sanity:
+        run.progress.validated = run.progress.batch
+        if s.saver is not None:
+            s.saver.validated(values)
     return values
 
 
@@ -399,11 +452,12 @@ def _evaluate_batch(s: Session, stage: str, batch: Any, batch_idx: int, index: i
     return outputs
 
 
-def _predict(plan: Plan, given: Mapping[str, object], settings: Settings) -> Iterator[Any]:
+def _predict(plan: Plan, given: Mapping[str, object], settings: Settings, weights: Weights) -> Iterator[Any]:
     """The generator of `predict`: inside the run while a batch is worked on, outside while the caller has the floor."""
-    with opened(plan, given, settings, writes=False) as s:
+    with opened(plan, given, settings, writes=False, weights=weights) as s:
         with _inside(s):
             s.run.num_eval_batches = expected(settings, s.loaders["predict"], "predict")
+            s.run.eval_loaders = tuple(loader.name for loader in s.loaders["predict"])
             s.call["on_predict_start"]()
             s.call["on_predict_epoch_start"]()
         for index, loader in enumerate(s.loaders["predict"]):

@@ -6,7 +6,7 @@ there, which costs one small kernel. Nothing waits for the device but `Means.win
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import reduce
 from operator import add, mul
 from typing import Any, Final, Literal, get_args
@@ -123,6 +123,15 @@ class Series:
             return None if total is None else total[0]
         return total[0] / total[1] if total[1] else math.nan
 
+    def state_dict(self) -> dict[str, Any]:
+        """How it is reduced, and the totals of what was read."""
+        totals = {scope: list(total) for scope, total in self._totals.items()}
+        return {"reduce": self.reduce, "on_step": self.on_step, "on_epoch": self.on_epoch, "totals": totals}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the totals that `state_dict` returned."""
+        self._totals = {scope: (total, weight) for scope, (total, weight) in state["totals"].items()}
+
     def first_bad(self) -> int | None:
         """The index of the first value since the last call that was NaN or infinite, of those that were read."""
         bad, self._bad, self._seen = self._bad, None, 0
@@ -137,7 +146,8 @@ class Means:
         self.series: dict[str, Series] = {}
         if watch is not None:
             self.series[watch] = Series(device, "mean", True, True, watched=True)
-        self._metrics: dict[str, Any] = {}
+        #: torchmetrics objects that were logged since the last epoch's record.
+        self.metrics: dict[str, Any] = {}
         self._elsewhere = elsewhere  # the stage around this one, which is not finished
 
     def add(
@@ -151,12 +161,12 @@ class Means:
         series = self.series.get(name)
         if series is None:
             if is_metric(value):
-                if self._elsewhere is not None and any(value is other for other in self._elsewhere._metrics.values()):
+                if self._elsewhere is not None and any(value is other for other in self._elsewhere.metrics.values()):
                     raise StepError(
                         f"{name!r} is a {type(value).__name__} that training is using too, in the middle of its epoch; "
                         "make one object for each stage"
                     )
-                self._metrics[name] = value
+                self.metrics[name] = value
                 return
             check(name, value, reduce)
             series = self.series[name] = Series(self._device, reduce, on_step, on_epoch, watched=False)
@@ -177,7 +187,7 @@ class Means:
 
     def window(self) -> dict[str, float]:
         """The means since the last call, of what is recorded by step. Waits for the device once."""
-        self._read()
+        self.settle()
         found = {name: s.take("window") for name, s in self.series.items() if s.on_step}
         return {name: value for name, value in found.items() if value is not None}
 
@@ -186,27 +196,39 @@ class Means:
 
         Names of what is also recorded by step get the suffix. Waits for the device.
         """
-        self._read()
+        self.settle()
         found = {n + suffix if s.on_step else n: s.take("epoch") for n, s in self.series.items() if s.on_epoch}
         values = {name: value for name, value in found.items() if value is not None}
-        for name, metric in self._metrics.items():
+        for name, metric in self.metrics.items():
             values[name] = computed(name, metric)
             metric.reset()
-        self._metrics.clear()
+        self.metrics.clear()
         return values
 
     def forget(self) -> None:
         """Reset torchmetrics objects without a record, at the end of an epoch that was cut short."""
-        for metric in self._metrics.values():
+        for metric in self.metrics.values():
             metric.reset()
-        self._metrics.clear()
+        self.metrics.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was logged since the last records, as plain values; torchmetrics objects keep their own. Waits."""
+        self.settle()
+        return {name: series.state_dict() for name, series in self.series.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        for name, values in state.items():
+            if name not in self.series:
+                self.series[name] = Series(self._device, values["reduce"], values["on_step"], values["on_epoch"], False)
+            self.series[name].load_state_dict(values)
 
     def first_bad(self) -> int | None:
         """The index of the first NaN or infinite value of the watched metric since the last call. Waits."""
-        self._read()
+        self.settle()
         return None if self._watch is None else self.series[self._watch].first_bad()
 
-    def _read(self) -> None:
+    def settle(self) -> None:
         """Read everything that waits: the values of all metrics at once, and the weights that are tensors."""
         waiting = [series for series in self.series.values() if series.weights]
         buffers = [buffer for series in waiting for buffer in series.buffers()]

@@ -1,133 +1,51 @@
-"""Setting up and ending a verb: from its arguments to a `Session`.
-
-`prepare` checks what can be checked without running anything; `opened` makes model, optimizer and loaders ready, in the
-order of the lines, and ends them again.
-"""
+"""Setting up and ending a verb: `opened` makes model, optimizer and loaders ready, in the order of the lines."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from . import launch, loggers, seeds
+from . import launch, loggers, resuming, seeds
 from .compiling import compile_forward
 from .current import active
-from .data import loaders, split, to_device
+from .data import loaders, to_device
+from .directory import CHECKPOINTS, locked, make_directory
 from .errors import DataError, MarkError, SettingsError, warn
 from .limits import expected
 from .loggers.masking import mask
+from .metrics import Means
 from .optim import clip, needs_closure, parameters_of, read_optimizers, step_scheduler
-from .plan import Plan, discover, is_marked
+from .plan import Plan
+from .resuming import Weights
 from .roles import STAGE_LOADER, STAGE_STEP, TRANSFER, VERB_STAGE
 from .run import Run
+from .saving import Saver
 from .session import Call, Session
 from .settings import Settings
+from .state import restore
 from .steps import Steps, modes_of, restore_modes
-
-#: What only training reads.
-_FIT_ONLY: Final = frozenset(
-    {
-        "max_epochs",
-        "max_steps",
-        "min_epochs",
-        "min_steps",
-        "max_time",
-        "num_sanity_val_steps",
-        "log_every_n_steps",
-        "accumulate_grad_batches",
-        "gradient_clip_val",
-        "gradient_clip_algorithm",
-        "log_gradients",
-        "on_nan",
-        "oom",
-        "limit_train_batches",
-        "val_check_interval",
-        "check_val_every_n_epoch",
-        "reload_dataloaders_every_n_epochs",
-        "resume",
-    }
-)
-
-
-def without_effect(verb: str, overrides: Mapping[str, object]) -> list[str]:
-    """The settings given to `validate`, `test` or `predict` that only another verb reads.
-
-    >>> without_effect("test", {"max_epochs": 3, "limit_test_batches": 2, "limit_val_batches": 2})
-    ['max_epochs', 'limit_val_batches']
-    """
-    limits = {f"limit_{stage}_batches" for stage in ("val", "test", "predict") if stage != VERB_STAGE[verb]}
-    return [name for name in overrides if name in _FIT_ONLY | limits]
-
-
-def prepare(verb: str, model: nn.Module, data: object, settings: Settings) -> tuple[Plan, dict[str, object]]:
-    """The plan, and the loaders given for each stage; runs nothing of the user's but `configure_callbacks`.
-
-    Raises:
-        MarkError, SettingsError, DataError: whatever is wrong with marks, settings or the form of `data`.
-    """
-    settings.check_for(verb)
-    marked = data if data is not None and is_marked(data) else None
-    given = {} if marked is not None else split(data, verb)
-    callbacks = _callbacks(settings, verb)
-    for i, callback in enumerate(callbacks):
-        if any(callback is other for other in callbacks[:i]):
-            raise SettingsError(f"callbacks holds the same {type(callback).__name__} twice; remove one")
-    plan = discover(verb, model, marked, callbacks)
-    hook = plan.one("configure_callbacks")
-    if hook is not None:
-        if "run" in (*hook.positional, *hook.keywords):
-            raise MarkError(
-                f"{hook.where}, marked @configure_callbacks, asks for `run`; there is no run yet: take `model`"
-            )
-        method, select = plan.step("configure_callbacks", None)
-        positional, keywords = select(())
-        more = method(*positional, **keywords)
-        plan = discover(verb, model, marked, [*_as_list(more), *callbacks])
-    stage = VERB_STAGE[verb]
-    if stage not in given and plan.one(STAGE_LOADER[stage]) is None:
-        raise DataError(
-            f"ld.{verb} has no {stage} data: give a loader, a dict with {stage!r}, or an object with a method marked "
-            f"@ld.{STAGE_LOADER[stage]}"
-        )
-    if "val" in given and verb == "fit" and plan.one("validation_step") is None:
-        warn(f"val data was given, but {type(model).__name__} marks no @validation_step, so it is not used")
-    return plan, given
-
-
-def warn_without_effect(verb: str, overrides: Mapping[str, object]) -> None:
-    """Warn of settings in the call of an evaluation that only training reads."""
-    for name in without_effect(verb, overrides):
-        warn(f"{name}={overrides[name]!r} has no effect in ld.{verb}")
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
-
-
-def _callbacks(settings: Settings, verb: str) -> list[object]:
-    """The user's callbacks, then those that the settings ask for."""
-    found = _as_list(settings.callbacks)
-    if settings.summary and verb == "fit":
-        from .callbacks.model_summary import ModelSummary
-
-        found.append(ModelSummary(depth=1 if settings.summary is True else settings.summary))
-    if settings.progress_bar:
-        from .callbacks.progress_bar import ProgressBar
-
-        found.append(ProgressBar())
-    return found
 
 
 @contextmanager
-def opened(plan: Plan, given: Mapping[str, object], settings: Settings, writes: bool) -> Iterator[Session]:
-    """Make everything ready, hand it over, and end it whatever happens; `writes`: with a directory and loggers."""
+def opened(
+    plan: Plan, given: Mapping[str, object], settings: Settings, writes: bool, weights: Weights = None
+) -> Iterator[Session]:
+    """Make everything ready, hand it over, and end it whatever happens.
+
+    Args:
+        plan, given, settings: what `prepare` made of the arguments of the verb.
+        writes: make a directory and loggers.
+        weights: the checkpoint whose weights an evaluation uses.
+    """
     process = launch.Process(settings)
+    resumed = resuming.look(plan, settings, writes, weights)
     with process.entered():
         seed = settings.seed if settings.seed is not None else int(torch.randint(2**32, ()))
+        seed = resuming.seed_of(resumed, settings, seed)
         seeds.seed_everything(seed)  # `setup` and the configure roles begin from the run's seed too
         run = Run(plan.verb, plan.model, settings, seed)
         call = plan.bind(run, run.progress.calls)
@@ -136,14 +54,18 @@ def opened(plan: Plan, given: Mapping[str, object], settings: Settings, writes: 
     status = "failed"
     try:
         with process.entered(), active(run):
-            _set_up(session, writes, stack)
+            _set_up(session, writes, stack, resumed)
+            resumed = None  # its tensors are copied
         yield session
         status = "finished"
     except BaseException as error:
-        status = "interrupted" if isinstance(error, (KeyboardInterrupt, GeneratorExit)) else "failed"
+        interrupted = isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
+        status = "interrupted" if interrupted else "failed"
         if not isinstance(error, GeneratorExit):
             with process.entered(), active(run):
                 call["on_exception"](error)
+                if session.saver is not None:
+                    session.saver.fail(error)
         raise
     finally:
         with process.entered(), active(run):
@@ -151,14 +73,18 @@ def opened(plan: Plan, given: Mapping[str, object], settings: Settings, writes: 
             run.close(status)
 
 
-def _set_up(s: Session, writes: bool, stack: ExitStack) -> None:
+def _set_up(s: Session, writes: bool, stack: ExitStack, resumed: resuming.Resumed | None) -> None:
     run, call, settings, model = s.run, s.call, s.settings, s.plan.model
+    if writes and resumed is not None and resumed.directory is not None:
+        stack.enter_context(locked(resumed.directory))
     if "teardown" in call:
         stack.callback(call["teardown"], s.plan.verb)
     call.get("prepare_data", _nothing)()
     call.get("setup", _nothing)(s.plan.verb)
     call.get("configure_model", _nothing)()
     stack.callback(restore_modes, modes_of(model))
+    if resumed is not None:
+        resuming.load_first(s, resumed)
 
     configured = call.get("configure_accelerator", _nothing)()
     arguments = launch.accelerator_arguments(s.plan.one("configure_accelerator"), configured)
@@ -179,6 +105,8 @@ def _set_up(s: Session, writes: bool, stack: ExitStack) -> None:
         load(s, stage)
     stack.callback(close_loaders, s)
     if s.plan.verb == "fit":
+        s.means = Means(run.device, watch="train/loss")
+        s.means.series["train/loss"].finite_only = settings.on_nan == "skip"
         run.num_train_batches = expected(settings, s.loaders["train"], "train")
         _optimization(s)
         if not model.training:
@@ -186,11 +114,26 @@ def _set_up(s: Session, writes: bool, stack: ExitStack) -> None:
             model.train()
         if settings.reload_dataloaders_every_n_epochs and all(stage in s.given for stage in s.loaders):
             warn("reload_dataloaders_every_n_epochs has no effect: the loaders were given, not made by a marked method")
+        if resumed is not None and resumed.state is not None:
+            restore(s, resumed.state)
     if writes:
-        run.hparams = mask(_hparams(model) | dict(settings.hparams or {}))
-        directory = launch.make_directory(settings, type(model).__name__)
-        run.open(directory, loggers.Loggers(loggers.create(settings.logger, directory)))
-        run.loggers.log_hparams(run.hparams)
+        _open_directory(s, stack, resumed)
+
+
+def _open_directory(s: Session, stack: ExitStack, resumed: resuming.Resumed | None) -> None:
+    run, settings = s.run, s.settings
+    directory = resumed.directory if resumed is not None else None
+    if directory is None:  # made last: what was refused before leaves nothing behind
+        directory = make_directory(settings, type(s.plan.model).__name__)
+        stack.enter_context(locked(directory))
+    run.hparams = mask(_hparams(s.plan.model) | dict(settings.hparams or {}))
+    run.open(directory, loggers.Loggers(loggers.create(settings.logger, directory)))
+    policy = resuming.policy(settings) if s.plan.verb == "fit" else None
+    if policy is not None:
+        s.saver = Saver(s, policy, directory / CHECKPOINTS)
+    if resumed is not None:
+        resuming.go_on(s, resumed)
+    run.loggers.log_hparams(run.hparams)
 
 
 def _hparams(model: nn.Module) -> dict[str, Any]:

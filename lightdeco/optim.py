@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from .errors import MarkError, SettingsError, StepError, nearest
+from .errors import MarkError, SettingsError, StepError, nearest, warn
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Optim:
             raise SettingsError(f"Optim(interval={self.interval!r}); allowed: 'epoch', 'step'{hint}")
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise SettingsError(f"Optim(every={self.every!r}); allowed: an integer of at least 1")
-        if self.monitor is not None and not isinstance(self.monitor, str):
+        if self.monitor is not None and not (isinstance(self.monitor, str) and self.monitor):
             raise SettingsError(f"Optim(monitor={self.monitor!r}); allowed: the name of a metric, such as 'val/loss'")
 
 
@@ -90,6 +90,8 @@ def read_optimizers(returned: object, where: str) -> dict[str, Optim]:
         driven = getattr(optim.scheduler, "optimizer", optim.optimizer)
         if driven is not optim.optimizer:
             raise MarkError(f"{where} returned a scheduler that was made for another optimizer than the one beside it")
+        if optim.scheduler is None and optim != Optim(optim.optimizer):
+            warn(f"{where} returned no scheduler, without which interval, every and monitor have no effect")
     return found
 
 
@@ -104,8 +106,17 @@ def _read(returned: object, where: str) -> dict[str, Optim]:
         first, second = returned if len(returned) == 2 else (None, None)
         if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
             return _numbered(_zip(first, second, where))
+        if len(returned) == 2 and isinstance(first, Optimizer) and not _may_be_optimizer(second):
+            raise MarkError(
+                f"{where} returned {_kind(second)} beside an optimizer, which is neither a scheduler nor an optimizer; "
+                f"{_FORMS}"
+            )
         return _numbered([_one(value, where) for value in returned])
     return {"": _one(returned, where)}
+
+
+def _may_be_optimizer(value: object) -> bool:
+    return isinstance(value, (Optimizer, Optim, Mapping, tuple))
 
 
 def _numbered(optims: list[Optim]) -> dict[str, Optim]:

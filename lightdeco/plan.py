@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from .errors import MarkError
-from .hints import missing, warn_of_undecorated
+from .errors import MarkError, SettingsError
+from .hints import example, missing, warn_of_undecorated
 from .hooks import Hook as Hook
 from .hooks import is_marked as is_marked
 from .hooks import read
 from .roles import ALWAYS, REQUIRED, ROLES, SKIP_EPOCH, TRANSFER
+from .settings_checks import shown
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,16 @@ class Plan:
         """The hook of a role that only one method can have. The data object's loaders come before the model's."""
         found = self.all(role)
         return found[-1] if found else None
+
+    @property
+    def owners(self) -> list[object]:
+        """The model, the data object and the callbacks that mark anything, in the order of calling."""
+        return list({id(hook.owner): hook.owner for hook in self.hooks}.values())
+
+    def call(self, hook: Hook, run: object, given: tuple[object, ...]) -> Any:
+        """Call one hook with what the table offers, in the table's order."""
+        positional, keywords = _select(hook, (run, self.model))(given)
+        return hook.method(*positional, **keywords)
 
     def bind(self, run: object, counts: dict[str, int]) -> dict[str, Callable[..., Any]]:
         """Every role and event by name, as one function of what the table offers, in the table's order.
@@ -178,28 +189,46 @@ def discover(verb: str, model: object, data: object | None, callbacks: Sequence[
 
     Raises:
         MarkError: a required role is missing, given twice, on the wrong object, or asks for what is not offered.
+        SettingsError: a callback is there twice.
     """
     if isinstance(model, type):
         raise MarkError(f"model is the class {model.__name__}; give an instance: {model.__name__}(…)")
     if not isinstance(model, nn.Module):
         raise MarkError(f"model is a {type(model).__name__}; allowed: a torch.nn.Module with marked methods")
     hooks = read(model, "model")
+    things: list[tuple[str, object]] = [("model", model)]
     if data is not None and data is not model:
         hooks += read(data, "data")
+        things.append(("data object", data))
+    made = "".join(hook.where for hook in hooks if hook.role.name == "configure_callbacks")
     for callback in callbacks:
-        if isinstance(callback, type):
-            raise MarkError(f"the callback {callback.__name__} is a class; give an instance: {callback.__name__}(…)")
-        found = read(callback, "callback")
-        if not found:
-            raise MarkError(
-                f"the callback {type(callback).__name__} marks no method; decorate one, such as @ld.on_train_epoch_end"
-            )
-        hooks += found
+        hooks += _read_callback(callback, things, made)
+        things.append(("callback", callback))
     plan = Plan(verb, model, data, tuple(hooks))
     for role in REQUIRED[verb]:
         if plan.one(role) is None:
             raise MarkError(missing(verb, model, role))
-    things = [model, *([data] if data is not None and data is not model else []), *callbacks]
-    for thing in things:
+    for _, thing in things:
         warn_of_undecorated(thing)
     return plan
+
+
+def _read_callback(callback: object, others: Sequence[tuple[str, object]], made: str) -> list[Hook]:
+    """The hooks of a callback; `others`: what is read before it, with what it is; `made`: what may have made it."""
+    kind = type(callback).__name__
+    source = f" (it is in `callbacks`, or {made} returned it)" if made else ""
+    if isinstance(callback, type):
+        name = callback.__name__
+        raise MarkError(f"the callback {name} is a class; give an instance: {name}(…){source}")
+    for what, other in others:
+        if callback is other and what == "callback":
+            raise SettingsError(f"callbacks holds the same {kind} twice; remove one{source}")
+        if callback is other:
+            raise SettingsError(f"callbacks holds the {what} itself, whose events are called anyway; remove it{source}")
+    if found := read(callback, "callback"):
+        return found
+    if type(callback).__module__ == "builtins":
+        raise MarkError(
+            f"the callback {shown(callback)} is a {kind}; give an object with marked methods, or a list of such{source}"
+        )
+    raise MarkError(f"the callback {kind} marks no method; decorate one, such as {example(callback)}{source}")

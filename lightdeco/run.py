@@ -14,7 +14,7 @@ from . import metrics
 from .data import batch_size_of
 from .errors import DataError, LightdecoError, StepError, warn
 from .loggers import Loggers
-from .loggers.metrics_file import MetricsFile
+from .loggers.metrics_file import MetricsFile, read
 from .optim import Optim
 from .settings import Settings
 from .steps import is_metric
@@ -38,7 +38,11 @@ class Progress:
     global_step: int = 0
     """Batches after which an optimizer was updated; the x axis of every record."""
     micro_batch: int = 0
-    """Training batches begun in the whole run; decides torch's randomness in the next step."""
+    """Training batches done in the whole run, their events included; decides torch's randomness in the next step."""
+    validated: int = 0
+    """Batches done in the present epoch when it was last validated."""
+    seconds: float = 0.0
+    """Time in training up to the last checkpoint."""
     skipped_updates: int = 0
     """Updates left out because a loss or a gradient was not finite."""
     calls: dict[str, int] = field(default_factory=dict)
@@ -74,6 +78,8 @@ class Run:
         self.num_train_batches: int | None = None
         #: Batches of the evaluation that runs now (all loaders), or None.
         self.num_eval_batches: int | None = None
+        #: The names of that evaluation's loaders; None for a single one.
+        self.eval_loaders: tuple[str | None, ...] = (None,)
         #: Index of the present batch in its epoch and loader.
         self.batch_idx = 0
         #: The latest values for the progress bar.
@@ -131,6 +137,17 @@ class Run:
         """Begin to write: records go to `metrics.jsonl` in the directory and to the loggers."""
         self._dir, self.loggers = directory, loggers
         self._file = MetricsFile(directory / "metrics.jsonl")
+
+    @property
+    def records_size(self) -> int:
+        """The length of `metrics.jsonl` in bytes."""
+        return 0 if self._file is None else self._file.size
+
+    def cut_records(self, size: int) -> None:
+        """Go back to the records that `metrics.jsonl` held when it was `size` bytes long."""
+        if self._file is not None:
+            self._file.cut(size)
+            self.history = read(self._file.path)
 
     def close(self, status: str) -> None:
         """End the loggers; `status` is "finished", "failed" or "interrupted". Nothing of the run's time is kept."""

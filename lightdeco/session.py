@@ -2,21 +2,51 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from time import monotonic
+from typing import Any, Protocol
 
 import torch
 
 from . import launch
+from .callbacks.model_checkpoint import ModelCheckpoint
 from .data.loader import Loader
 from .errors import StepError
 from .limits import accumulation
-from .optim import Optim
+from .metrics import Means
+from .optim import Optim, Window
 from .plan import Plan
 from .run import Run
 from .settings import Settings
+from .signals import Signals
 from .steps import Steps
 
 Call = Callable[..., Any]
+
+
+class Saving(Protocol):
+    """What the loop asks of `saving.Saver`."""
+
+    policy: ModelCheckpoint
+    directory: Path
+
+    def validated(self, metrics: Mapping[str, float]) -> None:
+        """A validation has ended."""
+
+    def epoch_ends(self) -> None:
+        """The metrics of an epoch are about to be taken."""
+
+    def boundary(self, epoch: int | None = None) -> None:
+        """Between two steps, or after an epoch."""
+
+    def finish(self) -> None:
+        """At the end of the run."""
+
+    def fail(self, error: BaseException) -> None:
+        """On an error."""
+
+    def show(self) -> None:
+        """Tell the run which checkpoints there are."""
 
 
 @dataclass
@@ -46,6 +76,19 @@ class Session:
     """Whether an update of one batch is `optimizer.step()` and nothing else."""
     closure: bool = False
     """Whether the optimizer's step gets a closure."""
+    means: Means = field(init=False)
+    """The metrics of training."""
+    saver: Saving | None = None
+    """Writes checkpoints; None where none are wanted."""
+    signals: Signals = field(default_factory=Signals)
+    window: Window | None = None
+    """The micro-batches of the present update."""
+    first_micro_batch: int | None = None
+    """`micro_batch` when the epoch began; None while an epoch is being ended."""
+    finished: str | None = None
+    """The reason for which the run, which may have been resumed, has come to its end."""
+    started: float = field(default_factory=monotonic)
+    """When training would have begun, had it not been interrupted."""
     steps_before: int = 0
     """`global_step` when the last epoch ended."""
     checked_batch: int = 0
@@ -62,9 +105,26 @@ class Session:
         """Whether this epoch has a validation."""
         return "val" in self.loaders and (self.run.epoch + 1) % self.settings.check_val_every_n_epoch == 0
 
+    def validation_due(self, interval: int | None) -> bool:
+        """Whether to validate within the epoch; what is due inside of an accumulation window waits for its end."""
+        if not interval:
+            return False
+        progress = self.run.progress
+        return progress.batch // interval > progress.validated // interval and self.validates()
+
     def heard(self, event: str) -> Call | None:
         """What to call for an event, or None where nobody listens."""
         return self.call[event] if self.plan.all(event) else None
+
+    def seconds(self) -> float:
+        """Time in training, that before an interruption included."""
+        return monotonic() - self.started
+
+    def between_steps(self) -> bool:
+        """Whether nothing is half done, so that the run can be continued from here."""
+        progress = self.run.progress
+        within = self.window is not None and self.window.count > 0
+        return not within and progress.micro_batch - progress.batch == self.first_micro_batch
 
     def refuse_nan(self) -> None:
         """Check the losses since the last check together. Waits for the device.

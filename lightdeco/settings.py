@@ -35,8 +35,6 @@ UNAVAILABLE: dict[str, tuple[object, ...]] = {
     "use_distributed_sampler": (True,),
     "process_timeout": (None,),
     "oom": ("raise",),
-    "checkpoint": (True, False),
-    "resume": (None,),
     "log_gradients": (False,),
     "profiler": (None,),
 }

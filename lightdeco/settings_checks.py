@@ -29,6 +29,7 @@ Profiler = Literal["simple", "advanced", "pytorch"]
 _ALIASES = {"fp16": "16-mixed", "bf16": "bf16-mixed"}
 _LARGEST = 2**63 - 1
 _TIME = re.compile(r"([0-9]{1,5}):([01]?[0-9]|2[0-3]):([0-5]?[0-9]):([0-5]?[0-9])")
+_PLAIN = (str, bytes, numbers.Number, numpy.generic, numpy.ndarray, os.PathLike, list, tuple, dict, set, frozenset)
 _WINDOWS = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
 
 
@@ -69,16 +70,20 @@ class Check:
 
     def __call__(self, setting: str, value: object) -> object:
         """The value to keep; raises `SettingsError` where it is none of the allowed ones."""
-        kept = self.keep(value)
-        if not isinstance(kept, Refused):
-            return kept
-        hint = f"; {kept.hint}" if kept.hint else _suggestion(value, self.names)
-        raise SettingsError(f"{setting} is {shown(value)}; allowed: {self.allowed}{hint}")
+        cause = None
+        try:
+            kept = self.keep(value)
+            if not isinstance(kept, Refused):
+                return kept
+            hint = f"; {kept.hint}" if kept.hint else _suggestion(value, self.names)
+        except Exception as error:  # the value's own: an `__eq__` or `__iter__` of its class that raises
+            cause, hint = error, f"; to read it raised {type(error).__name__}"
+        raise SettingsError(f"{setting} is {shown(value)}; allowed: {self.allowed}{hint}") from cause
 
 
 def _suggestion(value: object, names: tuple[str, ...]) -> str:
     """The name that begins with the value (32 -> '32-true'), or else the nearest one."""
-    word = value.lower() if isinstance(value, str) else shown(value)
+    word = plain(value).lower() if isinstance(value, str) else shown(value)
     if isinstance(value, bool) or not isinstance(value, str | int) or len(word) < 2:
         return ""
     longer = [name for name in names if name.startswith(word)]
@@ -97,6 +102,11 @@ def _number(value: object) -> int | float | None:
     if (whole := _integer(value)) is not None:
         return whole if abs(whole) <= _LARGEST else None
     return float(value) if isinstance(value, float | numpy.floating) and math.isfinite(float(value)) else None
+
+
+def plain(text: str) -> str:
+    """A text as a `str`, also where it is a member of an Enum of texts, which `str` would show as `Class.MEMBER`."""
+    return str.__str__(text)
 
 
 def _printable(text: str, *refused: str) -> bool:
@@ -138,10 +148,8 @@ def one_of(*names: str) -> Check:
     """Some names; aliases become the name they stand for."""
 
     def keep(value: object) -> object:
-        if not isinstance(value, str) or value not in names:
-            return Refused()
-        name = names[names.index(value)]  # ours, not the value: a str subclass becomes a str
-        return _ALIASES.get(name, name)
+        name = plain(value) if isinstance(value, str) else ""
+        return _ALIASES.get(name, name) if name in names else Refused()
 
     return Check(", ".join(map(repr, names)), keep, names)
 
@@ -180,13 +188,16 @@ def _object(value: object) -> object:
     """An object made by someone's own class; plain values and classes are what people pass by mistake."""
     if isinstance(value, type):
         return Refused(f"this is the class: call it, as in {value.__name__}()")
-    if isinstance(value, str | bytes | numbers.Number | numpy.generic | numpy.ndarray | os.PathLike):
+    if isinstance(value, _PLAIN):
         return Refused()
     return Refused() if type(value).__module__ == "builtins" and type(value) is not object else value
 
 
 def _text(value: object) -> object:
-    return str(value) if isinstance(value, str) and value.strip() and _printable(value) else Refused()
+    if not isinstance(value, str):
+        return Refused()
+    text = plain(value)
+    return text if text.strip() and _printable(text) else Refused()
 
 
 def _path(value: object) -> object:
@@ -235,13 +246,14 @@ def _run_name(value: object) -> object:
         "Windows reserves it": _WINDOWS.fullmatch(value) is not None,
     }
     reasons = [reason for reason, holds in wrong.items() if holds]
-    return Refused(", ".join(reasons)) if reasons else str(value)
+    return Refused(", ".join(reasons)) if reasons else plain(value)
 
 
 BOOL = Check("True, False", lambda value: bool(value) if isinstance(value, bool | numpy.bool_) else Refused())
 NONE = Check("None", lambda value: None if value is None else Refused())
 NO_LIMIT = Check("None", _no_limit)
 OBJECT = Check("an object", _object)
+CALLBACK = Check("an object with marked methods", _object)
 TEXT = Check("a name", _text)
 PATH = Check("a path (text or os.PathLike, neither empty nor with control characters)", _path)
 OPTIONS = Check("a mapping with string keys", _options)
@@ -294,7 +306,7 @@ CHECKS: dict[str, Check] = {
     "hparams": OPTIONS | NONE,
     "log_gradients": BOOL,
     "seed": integer(0, 2**32 - 1) | NONE,
-    "callbacks": OBJECT | list_of(OBJECT) | NONE,
+    "callbacks": CALLBACK | Check("a list of such", list_of(CALLBACK).keep) | NONE,
     "progress_bar": BOOL,
     "summary": BOOL | COUNT,
     "profiler": one_of(*get_args(Profiler)) | OBJECT | NONE,

@@ -12,7 +12,8 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .errors import StepError
+from .errors import StepError, nearest
+from .hooks import UNAVAILABLE
 from .plan import Select
 
 #: Keys of a step's result that are not metrics of their own.
@@ -75,10 +76,18 @@ def read_result(outputs: object, where: str, training: bool = False) -> Result:
         raise StepError(f"{where} returned a {type(outputs).__name__}; return a scalar loss or a dict of values")
     loss = result[0]
     if training and loss is None:
-        raise StepError(f'{where} returned no loss; return a scalar tensor, or a dict with one under "loss"')
+        other = _instead_of_loss(outputs)
+        raise StepError(f'{where} returned no loss; return a scalar tensor, or a dict with one under "loss"{other}')
     if training and loss is not None and not loss.requires_grad:
         raise _no_gradient(where)
     return result
+
+
+def _instead_of_loss(outputs: object) -> str:
+    """`", not under 'losss'"` for the key that was probably meant to be "loss", or an empty string."""
+    keys = outputs if isinstance(outputs, Mapping) else ()
+    like = [key for key in keys if key not in RESERVED and ("loss" in key.lower() or nearest("loss", [key]))]
+    return f", not under {like[0]!r}" if like else ""
 
 
 def _no_gradient(where: str) -> StepError:
@@ -104,15 +113,25 @@ def _read_dict(outputs: Mapping[Any, Any], where: str) -> Result:
         shown = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise StepError(f'{where} returned {shown} under "loss"; it must be a scalar tensor')
     weight, size = outputs.get("weight"), outputs.get("batch_size")
-    if weight is not None and not is_scalar(weight):
+    if weight is not None:
+        _check_weight(weight, where)
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise StepError(f'{where} returned "batch_size": {size!r}; allowed: an int of at least 1')
+    if outputs.get("carry") is not None and "carry" in UNAVAILABLE:
+        raise StepError(f'{where} returned "carry", which nothing takes up yet; {UNAVAILABLE["carry"]}')
+    return loss, scalars, metrics, weight, size
+
+
+def _check_weight(weight: Any, where: str) -> None:
+    if isinstance(weight, bool) or not is_scalar(weight):
         raise StepError(
             f'{where} returned a {type(weight).__name__} under "weight"; allowed: a number or scalar tensor'
         )
-    if not isinstance(weight, Tensor) and weight is not None and not 0 <= weight < float("inf"):
-        raise StepError(f'{where} returned "weight": {weight!r}; allowed: a finite number of at least 0')
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-        raise StepError(f'{where} returned "batch_size": {size!r}; allowed: an int of at least 1')
-    return loss, scalars, metrics, weight, size
+    if isinstance(weight, Tensor) and weight.device.type != "cpu":
+        return  # to read it would wait for the device
+    number = weight.item() if isinstance(weight, Tensor) else weight
+    if not 0 <= number < float("inf"):
+        raise StepError(f'{where} returned "weight": {number!r}; allowed: a finite number of at least 0')
 
 
 def modes_of(model: nn.Module) -> list[tuple[nn.Module, bool]]:

@@ -1,4 +1,4 @@
-"""`ld.attach`: roles for classes and instances that one does not own."""
+"""`ld.attach`: roles for classes and instances that one does not own; what it refuses is in test_wrong_uses.py."""
 
 import copy
 import io
@@ -227,57 +227,3 @@ def test_a_pickled_object_loads_without_lightdeco() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stdout.split() == ["Linear", "{}"], result.stderr
-
-
-# ---- what it refuses -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("thing", "given", "said"),
-    [
-        (Foreign(), {"trainig_step": step}, r"'trainig_step' is no role; did you mean 'training_step'\?$"),
-        (Foreign(), {"fit_start": step}, r"'fit_start' is no role; did you mean 'on_fit_start'\?$"),
-        (Foreign(), {"training_step": None}, "training_step=None cannot be called"),
-        (Foreign(), {"training_step": [step]}, "training_step takes one function, not list"),
-        (Foreign(), {"on_fit_start": [step, 3]}, "on_fit_start=3 cannot be called"),
-        (object(), ROLES, "cannot write on a object"),
-        (3, ROLES, "cannot write on a int"),
-        (int, ROLES, "cannot write on the class int; give a subclass"),
-    ],
-)
-def test_wrong_names_values_and_objects_are_refused_and_change_nothing(thing: Any, given: Any, said: str) -> None:
-    """At the call of attach, with the nearest name."""
-    before = dict(getattr(thing, "__dict__", {}))
-    with pytest.raises(ld.MarkError, match=said):
-        ld.attach(thing, **given)
-    assert dict(getattr(thing, "__dict__", {})) == before
-
-
-@pytest.mark.parametrize(
-    ("function", "said"),
-    [
-        (lambda m, batch, index: 0, r"Foreign\.training_step \(.*test_attach\.py:\d+\).* asks for \['index'\]"),
-        (lambda: 0, "takes no arguments"),
-        (torch.relu, "the arguments of .* are unknown; wrap it"),
-    ],
-)
-def test_wrong_arguments_are_refused_by_the_verb(function: Any, said: str) -> None:
-    """As those of marked methods, with the place of the function."""
-    with pytest.raises(ld.MarkError, match=said):
-        fit(ld.attach(Foreign(), training_step=function, configure_optimizers=sgd))
-
-
-def test_an_async_or_generator_function_is_refused_by_the_verb() -> None:
-    """A coroutine or an iterator in the place of a result would never run."""
-
-    async def coroutine(model: nn.Module, batch: Tensor) -> None: ...
-
-    def generator(model: nn.Module, batch: Tensor) -> Any:
-        yield
-
-    class Asynchronous:
-        async def __call__(self, model: nn.Module, batch: Tensor) -> None: ...
-
-    for function, said in ((coroutine, "async"), (generator, "generator"), (Asynchronous(), "async")):
-        with pytest.raises(ld.MarkError, match=said):
-            fit(ld.attach(Foreign(), training_step=function, configure_optimizers=sgd))

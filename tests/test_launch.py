@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import lightdeco as ld
-from lightdeco.launch import Process, make_directory
+from lightdeco.directory import make_directory
+from lightdeco.launch import Process
 from lightdeco.settings import Settings
 
 QUIET: Any = {"logger": False, "progress_bar": False, "summary": False, "max_epochs": 1}

@@ -1,9 +1,7 @@
-"""Discovery: what a marked method may look like and ask for, what is missing, and what only looks like a role."""
+"""Discovery: what a marked method may ask for, and the order of calls; what is refused is in test_wrong_uses.py."""
 
-import re
 import types
-from collections.abc import AsyncIterator, Callable, Iterator
-from functools import cached_property, lru_cache, partial, partialmethod
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -74,80 +72,12 @@ def test_no_property_and_no_getattr_of_the_instance_runs() -> None:
     assert fit(Net()).global_step == 2
 
 
-# ---- what may be marked ----------------------------------------------------------------------------------------------
-
-
-def marked(function: Any) -> Any:
-    return ld.on_train_start(function)
-
-
 def fresh(function: Any) -> Any:
     """A copy of the function, which carries no mark yet."""
     return types.FunctionType(function.__code__, function.__globals__, function.__name__)
 
 
 def plain(self: object) -> None: ...
-
-
-async def coroutine(self: object) -> None: ...
-
-
-def generator(self: object) -> Iterator[None]:
-    yield
-
-
-async def async_generator(self: object) -> AsyncIterator[None]:
-    yield
-
-
-class Callee:
-    """An object that can be called."""
-
-    def __call__(self, *given: object) -> None: ...
-
-
-@pytest.mark.parametrize(
-    ("thing", "said"),
-    [
-        (staticmethod(marked(lambda: None)), "is a staticmethod"),
-        (classmethod(marked(lambda cls: None)), "is a classmethod"),
-        (property(marked(lambda self: None)), "is a property"),
-        (cached_property(marked(lambda self: None)), "is a cached_property"),
-        (partialmethod(marked(lambda self, a: None), 1), "is a partialmethod"),
-        (lru_cache(marked(lambda self: None)), "not a plain method"),
-        (marked(partial(fresh(plain))), "partial, not a plain method"),
-        (marked(Callee()), "Callee, not a plain method"),
-        (marked(fresh(coroutine)), "is an async function"),
-        (marked(torch.no_grad()(fresh(coroutine))), "is an async function"),
-        (marked(fresh(async_generator)), "is an async function"),
-        (marked(fresh(generator)), "is a generator"),
-        (marked(torch.no_grad()(fresh(generator))), "is a generator"),
-    ],
-)
-def test_a_mark_on_something_else_than_a_plain_method_is_refused(thing: Any, said: str) -> None:
-    """The message names class, method, role and kind."""
-    message = refusal(type("Net", (Base,), {"start": thing})())
-    assert "Net.start" in message
-    assert "@on_train_start" in message
-    assert said in message
-    if "not a plain" not in message:
-        assert re.search(r"test_plan\.py:\d+", message)
-
-
-def test_an_override_that_is_no_method_is_refused() -> None:
-    """A property in the place of an inherited marked method would never be called."""
-    net = type("Net", (Base,), {"step": property(lambda self: None)})()
-    assert "Net.step" in refusal(net)
-    assert "is a property" in refusal(net)
-    assert "int, not a plain method" in refusal(type("Net", (Base,), {"step": 3})())
-
-
-def test_an_attribute_of_the_instance_that_hides_a_marked_method_warns() -> None:
-    """`model.step = …` would be ignored without a word: marks are those of the class."""
-    net = Base()
-    net.step = net.step  # type: ignore[method-assign]
-    with pytest.warns(ld.LightdecoWarning, match=r"Base\.step .*hidden.*ld\.attach"):
-        fit(net)
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -225,44 +155,6 @@ def test_keywords_take_all_that_is_offered() -> None:
     assert net.seen == [["dataloader_idx", "model", "run"]] * 2
     fit(net := with_step(everything))
     assert net.seen == [["batch", "batch_idx", "dataloader_idx", "model", "run"]] * 2
-
-
-@pytest.mark.parametrize(
-    ("step", "said"),
-    [
-        (lambda self, batch, batch_index: 0, r"\['batch_index'\]; it may ask for .*did you mean 'batch_idx'"),
-        (lambda self, x, y: 0, r"asks for \['y'\]"),
-        (lambda self, batch, *, optimizer: 0, r"asks for \['optimizer'\]"),
-        (lambda self, batch, other=0, run=None, /: 0, r"'run'.*position"),
-        (lambda: 0, "takes no arguments"),
-        (lambda *, batch: 0, "takes no arguments"),
-        (lambda self, *args: 0, r"\*args"),
-    ],
-)
-def test_a_wrong_argument_is_refused_with_place_and_nearest_name(step: Any, said: str) -> None:
-    """Class, method, file and line, what is allowed, and the nearest name."""
-    message = refusal(with_step(step))
-    assert re.search(r"Net\.step \(.*test_plan\.py:\d+\), marked @training_step", message)
-    assert re.search(said, message), message
-
-
-def test_an_event_is_given_only_what_its_row_offers() -> None:
-    """`loss` is no argument of on_train_start; the error lists what is."""
-    message = refusal(type("Net", (Base,), {"start": marked(lambda self, loss: None)})())
-    assert "asks for ['loss']; it may ask for ['run', 'model']" in message
-
-
-@pytest.mark.parametrize(
-    ("step", "near"),
-    [
-        (lambda self, batch, batch_index=0: self(batch).mean(), "batch_idx"),
-        (lambda self, batch, *, models=None: self(batch).mean(), "model"),
-    ],
-)
-def test_a_misspelt_argument_with_a_default_warns(step: Any, near: str) -> None:
-    """Its default would be used without a word; the warning has the place and the name that is offered."""
-    with pytest.warns(ld.LightdecoWarning, match=rf"Net\.step \(.*test_plan\.py:\d+\): .* did you mean '{near}'\?$"):
-        fit(with_step(step))
 
 
 def test_an_argument_beside_the_one_that_it_resembles_does_not_warn() -> None:

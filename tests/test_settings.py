@@ -2,6 +2,7 @@
 
 import dataclasses
 import decimal
+import enum
 import fractions
 import math
 import pathlib
@@ -38,6 +39,12 @@ class Thing:
 
 class Level(str):
     """A subclass of str, as an Enum of strings is."""
+
+
+class Backend(str, enum.Enum):
+    """An Enum of texts: `str` shows its member as `Backend.CSV`."""
+
+    CSV = "csv"
 
 
 class Unprintable(Thing):
@@ -398,7 +405,6 @@ def test_shown_values_are_short() -> None:
         ("use_distributed_sampler", False, "True"),
         ("process_timeout", 5, "None"),
         ("oom", "micro", "'raise'"),
-        ("resume", "auto", "None"),
         ("log_gradients", True, "False"),
         ("profiler", "simple", "None"),
     ],
@@ -410,7 +416,7 @@ def test_not_available_yet(name: str, value: object, available: str) -> None:
     assert str(caught.value) == f"{name}={value!r} is not available yet; available: {available}"
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "strategy", "profiler"])
+@pytest.mark.parametrize("name", ["strategy", "profiler"])
 def test_objects_not_available_yet(name: str) -> None:
     """Nor are objects; an `__eq__` of theirs that says yes to everything does not help."""
     with pytest.raises(SettingsError, match=rf"^{name}=.*Thing object.* is not available yet; available: "):
@@ -496,6 +502,27 @@ def test_resolve_refuses_other_settings(wrong: Any) -> None:
     """`settings=` must be a `Settings`: no dict, no class."""
     with pytest.raises(SettingsError, match=r"^settings is .*; allowed: a Settings\(…\) or None$"):
         resolve(wrong, {})
+
+
+@pytest.mark.parametrize("name", ["logger", "name", "root_dir"])
+def test_a_member_of_an_enum_of_texts_is_its_text(name: str) -> None:
+    """Not its name, and a plain `str`."""
+    kept = getattr(make({name: Backend.CSV}), name)
+    assert (kept, type(kept)) == ("csv", str)
+
+
+def test_a_value_that_cannot_be_read_is_refused_with_its_error() -> None:
+    """What a value's own class raises is the cause of the refusal, and not in its place."""
+
+    class Broken(int):
+        def __int__(self) -> int:
+            raise RuntimeError("broken")
+
+    with pytest.raises(
+        SettingsError, match=r"^max_epochs is 3; allowed: .*; to read it raised RuntimeError$"
+    ) as caught:
+        make({"max_epochs": Broken(3)})
+    assert isinstance(caught.value.__cause__, RuntimeError)
 
 
 def test_explicit_tells_one_from_true() -> None:

@@ -1,33 +1,21 @@
-"""Where a progress bar is shown: bars on a terminal, or plain lines."""
+"""Where a progress bar is shown: bars in a terminal or a notebook, plain lines elsewhere."""
 
-import math
 import os
 import sys
-from datetime import timedelta
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.progress import Progress, TaskID
+from .progress_layout import Bar, plain
 
 
 class Display(Protocol):
     """The place where a progress bar is shown."""
 
-    #: Seconds between two drawings at least; inf where single batches are not shown.
-    refresh_s: float
+    #: Seconds until the next drawing at least.
+    pause_s: float
 
-    def train(self, title: str, done: int, total: int | None, values: str) -> None:
-        """Show a training epoch: `done` of `total` batches (None: not known), and values as a text."""
-
-    def evaluate(self, title: str, done: int, total: int | None) -> None:
-        """Show an evaluation, below the training if there is one."""
-
-    def draw(self) -> None:
-        """Bring to the screen what was given since the last time."""
-
-    def end_evaluation(self) -> None:
-        """Remove the evaluation."""
+    def draw(self, bars: Sequence[Bar], facts: Sequence[str]) -> None:
+        """Show the bars instead of those before, and below them facts such as "train/loss 0.5"."""
 
     def epoch_line(self, text: str) -> None:
         """Show how an epoch ended, where lines stay."""
@@ -37,122 +25,48 @@ class Display(Protocol):
 
 
 def display(refresh_s: float) -> Display:
-    """Bars when stdout is a terminal that can move its cursor, else lines."""
+    """One live output in a notebook, bars when stdout is a terminal that can move its cursor, else lines."""
+    if in_notebook():
+        from .progress_notebook import Notebook
+
+        return Notebook(refresh_s)
     if sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb"):
-        return Bars(refresh_s)
+        from .progress_terminal import Terminal
+
+        return Terminal(refresh_s)
     return Lines()
 
 
-class Bars:
-    """One bar for training, one for an evaluation, and a line of values, redrawn in place with rich.
+def in_notebook() -> bool:
+    """Whether this code runs in a cell of Jupyter (or Colab); imports nothing.
 
-    rich's own refresh thread stays off: nothing is drawn but in `draw`, which takes about 3 ms.
+    >>> in_notebook()
+    False
     """
-
-    def __init__(self, refresh_s: float) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
-        self.refresh_s = refresh_s
-        self._progress = _progress()
-        self._train = self._progress.add_task("", visible=False, times="")
-        self._evaluation = self._progress.add_task("", visible=False, times="")
-        self._title = ""
-        self._values = ""
-        self._live = Live(
-            console=Console(), get_renderable=self._render, auto_refresh=False, transient=True, vertical_overflow="crop"
-        )
-        self._live.start()
-
-    def train(self, title: str, done: int, total: int | None, values: str) -> None:
-        """Set the training bar; a new title starts it anew."""
-        if title != self._title:
-            self._title = title
-            self._progress.reset(self._train, description=title, total=total, visible=True)
-            self._set_total(self._train, total)
-        self._values = values
-        self._advance(self._train, done)
-
-    def evaluate(self, title: str, done: int, total: int | None) -> None:
-        """Set the evaluation bar."""
-        if not self._progress.tasks[self._evaluation].visible:
-            self._progress.reset(self._evaluation, description=title, total=total, visible=True)
-            self._set_total(self._evaluation, total)
-        self._advance(self._evaluation, done)
-
-    def draw(self) -> None:
-        """Redraw everything in place."""
-        self._live.refresh()
-
-    def end_evaluation(self) -> None:
-        """Hide the evaluation bar with the next drawing."""
-        self._progress.update(self._evaluation, visible=False)
-
-    def epoch_line(self, text: str) -> None:
-        """Nothing: bars do not pile up."""
-
-    def close(self, last: str = "", values: str = "") -> None:
-        """Remove the bars, give the terminal its cursor back, and print the last lines."""
-        self._live.stop()
-        for line in (values, last):
-            if line:
-                print(line, flush=True)
-
-    def _set_total(self, task: "TaskID", total: int | None) -> None:
-        # reset() takes None for "as before".
-        self._progress.tasks[task].total = total
-
-    def _advance(self, task: "TaskID", done: int) -> None:
-        self._progress.update(task, completed=done)
-        state = self._progress.tasks[task]
-        elapsed, left, speed = state.elapsed, state.time_remaining, state.speed
-        texts = [f"{speed:.4g} it/s"] if speed else []
-        texts += [str(timedelta(seconds=int(elapsed)))] if elapsed is not None else []
-        texts += [f"{timedelta(seconds=int(left))} left"] if left is not None else []
-        self._progress.update(task, times="  ".join(texts))
-
-    def _render(self) -> "RenderableType":
-        from rich.console import Group
-        from rich.text import Text
-
-        values = [Text(self._values, style="dim", no_wrap=True, overflow="ellipsis")] if self._values else []
-        return Group(self._progress, *values)
-
-
-def _progress() -> "Progress":
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[times]}", style="progress.elapsed"),
-        auto_refresh=False,
-        expand=True,
-    )
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return any(kind.__name__ == "ZMQInteractiveShell" for kind in type(shell).__mro__)
 
 
 class Lines:
-    """Plain lines: for each of the first epochs, then for ever fewer; 20 for a thousand epochs."""
+    """Plain lines: for each of the first epochs, then for ever fewer; 20 for a thousand epochs.
 
-    refresh_s = math.inf
+    An epoch or an evaluation that takes long gets lines of its own: after a minute, 3, 7, 15, … minutes of the run.
+    """
 
-    def __init__(self, first: int = 8) -> None:
+    def __init__(self, first: int = 8, pause_s: float = 60.0) -> None:
+        self.pause_s = pause_s
         self._first = first
         self._epochs = self._printed = 0
         self._next = self._interval = 1
+        self._begun = False
 
-    def train(self, title: str, done: int, total: int | None, values: str) -> None:
-        """Nothing: single batches are not shown."""
-
-    def evaluate(self, title: str, done: int, total: int | None) -> None:
-        """Nothing: single batches are not shown."""
-
-    def draw(self) -> None:
-        """Nothing."""
-
-    def end_evaluation(self) -> None:
-        """Nothing."""
+    def draw(self, bars: Sequence[Bar], facts: Sequence[str]) -> None:
+        """Print a line, and wait twice as long for the next one; the very first drawing prints nothing."""
+        if self._begun:
+            print(plain(bars, facts), flush=True)
+            self.pause_s *= 2
+        self._begun = True
 
     def epoch_line(self, text: str) -> None:
         """Print the line of an epoch, if it is its turn; after the first ones the interval doubles with each line."""

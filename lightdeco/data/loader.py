@@ -43,6 +43,7 @@ class Loader:
         length: what `len()` says, or None where it is not known. It is a claim: iteration decides.
         exact: whether a position is reached without reading the data before it.
         one_shot: whether it can be read only once (a generator, say).
+        stream_workers: of an iterable dataset, the number of workers: its order depends on it. Otherwise None.
         several: whether batches come from several loaders one after another, so that `dataloader_idx` changes.
 
     >>> loader = Loader([10, 20, 30], seed=0)
@@ -58,6 +59,7 @@ class Loader:
         self._seed = seed
         self._source = _source(loader)
         self.exact = self._source.exact
+        self.stream_workers: int | None = getattr(self._source, "workers", None)
 
     @property
     def dataloader_idx(self) -> int:

@@ -140,6 +140,7 @@ class StreamedSource:
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
+        self.workers = loader.num_workers
         self._stream = SeededStream(loader.dataset, loader.batch_size or 1, shared=loader.num_workers > 0)
         self._clone = _clone(loader, self._stream)
 

@@ -55,6 +55,11 @@ class CSV:
         columns, rows = _read(self._opened().path)
         self._replace(columns, [row for row in rows if int(str(row["step"])) <= step])
 
+    def rewind(self, records: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Write the table anew from the records, (step, metrics) each, that stay when a run is resumed."""
+        columns = list(dict.fromkeys(["step", *(name for _, metrics in records for name in metrics)]))
+        self._replace(columns, [{**metrics, "step": step} for step, metrics in records])
+
     def close(self, status: str) -> None:
         """Close the file, whatever the status."""
         if self._lines is not None:

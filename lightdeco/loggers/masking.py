@@ -36,6 +36,7 @@ _OPTION = re.compile(rf"(?P<before>(?<!\S)--?{_KEY}\s+)(?!-){_VALUE}", re.IGNORE
 _ASSIGNED = re.compile(
     rf"""(?P<before>(?<![\w.-]){_KEY}["']?\s*[=:]\s*)(?:(?:bearer|basic)\s+)?{_VALUE}""", re.IGNORECASE
 )
+_GIVEN = re.compile(r"(?P<key>--?[A-Za-z][\w.-]{0,100})=.*", re.DOTALL)  # a word of a command line
 _BEARER = re.compile(r"(?P<before>\b[Bb]earer\s+)[\w.~+/=-]{8,}")
 _PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
 _RANDOM = r"(?:[A-Za-z0-9]{20,}|(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8,})"  # not "hf_transformers"
@@ -119,6 +120,9 @@ def _plain_list(values: list[object], secret: bool, depth: int) -> list[object]:
     follows = False
     for value in values:
         is_option = isinstance(value, str) and re.fullmatch(r"--?[A-Za-z][\w.-]*", value) is not None
+        given = _GIVEN.fullmatch(value) if isinstance(value, str) else None
+        if given is not None and is_secret(given["key"]):  # as a whole: it may hold spaces
+            value = f"{given['key']}={MASK}"
         result.append(_plain(value, secret or (follows and not is_option), depth + 1))
         follows = is_option and is_secret(str(value))
     return result

@@ -1,14 +1,16 @@
 """The logger "tensorboard": event files in the run's directory, for `tensorboard --logdir runs`."""
 
-import io
+import copy
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy
 import torch
 
 from lightdeco.errors import LoggerError
+
+from . import values
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -24,6 +26,11 @@ class TensorBoard:
         max_queue: events that wait for the writing thread before a call blocks.
         flush_secs: seconds between writes; a run that is killed loses at most what came after the last one.
         filename_suffix: appended to the names of the event files.
+        graph: an example of what the model's `forward` takes, a tensor or a tuple of them: the model's graph is drawn
+            with it before training, from a copy in eval mode.
+
+    At the end of a run with hyperparameters, the least and greatest value of each validation metric is written as
+    `min/val/…` and `max/val/…`, for the columns of the HPARAMS tab; the last value is there by itself.
     """
 
     def __init__(
@@ -33,13 +40,16 @@ class TensorBoard:
         max_queue: int = 100,
         flush_secs: int = 10,
         filename_suffix: str = "",
+        graph: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
     ) -> None:
         self.directory = None if directory is None else Path(directory)
         self.max_queue = max_queue
         self.flush_secs = flush_secs
         self.filename_suffix = filename_suffix
+        self.graph = graph
         self._writer: SummaryWriter | None = None
         self._has_hparams = False
+        self._extremes, self._step = values.Extremes(), 0
 
     @property
     def native(self) -> "SummaryWriter":
@@ -59,12 +69,25 @@ class TensorBoard:
         if self._writer is not None:
             self._writer.close()
         self._has_hparams = False
+        self._extremes = values.Extremes()
         self._writer = SummaryWriter(
             str(self.directory or directory),
             max_queue=self.max_queue,
             flush_secs=self.flush_secs,
             filename_suffix=self.filename_suffix,
         )
+
+    def watch(self, model: torch.nn.Module) -> None:
+        """Draw the graph of the model, if an example input was given; neither model nor random state changes."""
+        if self.graph is None:
+            return
+        inputs = self.graph if isinstance(self.graph, tuple) else (self.graph,)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's tracer warns of every branch and of itself
+            traced = copy.deepcopy(model).eval()
+            self.native.add_graph(traced, tuple(value.to(device) for value in inputs))
 
     def cut(self, step: int) -> None:
         """Hide what earlier event files hold after `step`: the run continues from there."""
@@ -80,7 +103,7 @@ class TensorBoard:
 
         No list of metrics is written with them: TensorBoard then offers every metric of every run.
         """
-        flat = _flat(hparams)
+        flat = values.flat(hparams)
         self._file().add_summary(_hparams_summary(flat))
         self._has_hparams = True
         self.log_table("hparams", {"name": list(flat), "value": list(flat.values())}, 0)
@@ -89,23 +112,20 @@ class TensorBoard:
         """Write scalars."""
         for name, value in metrics.items():
             self.native.add_scalar(name, value, step)
+        self._extremes.add(metrics)
+        self._step = step
 
     def log_image(self, name: str, value: object, step: int) -> None:
         """Write an image: HxW, CxHxW or HxWxC (1, 3 or 4 channels), floats in 0..1 or uint8."""
-        self.native.add_image(name, _image(value), step, dataformats="HWC")
+        self.native.add_image(name, values.figure(value), step, dataformats="HWC")
 
-    def log_figure(self, name: str, value: Any, step: int) -> None:
+    def log_figure(self, name: str, value: object, step: int) -> None:
         """Write a matplotlib figure, which stays open and keeps its canvas."""
-        from PIL import Image
-
-        with io.BytesIO() as file:
-            value.savefig(file, format="png")
-            self.log_image(name, numpy.asarray(Image.open(file).convert("RGB")), step)
+        self.log_image(name, value, step)
 
     def log_histogram(self, name: str, value: object, step: int) -> None:
         """Write the distribution of the finite values of a tensor or array of any shape."""
-        values = _array(value)
-        finite = values[numpy.isfinite(values)]
+        finite = values.finite(value)
         if finite.size:
             self.native.add_histogram(name, finite, step)
 
@@ -115,12 +135,14 @@ class TensorBoard:
 
     def log_table(self, name: str, value: object, step: int) -> None:
         """Write a table as a text: a dict of columns, a list of dicts, or a data frame."""
-        self.native.add_text(name, _markdown(value), step)
+        self.native.add_text(name, values.markdown(value), step)
 
     def close(self, status: str) -> None:
         """Write how the run ended, and close the files."""
         if self._writer is not None:
             if self._has_hparams:
+                for name, value in self._extremes.named().items():
+                    self._writer.add_scalar(name, value, self._step)
                 self._file().add_summary(_end_summary(finished=status == "finished"))
             self._writer.close()
             self._writer = None
@@ -128,17 +150,6 @@ class TensorBoard:
     def _file(self) -> Any:
         writer: Any = self.native
         return writer._get_file_writer()
-
-
-def _flat(hparams: Mapping[str, object], prefix: str = "") -> dict[str, str | float | bool]:
-    """Values that TensorBoard knows (numbers, texts and bools); lists and None become text."""
-    flat: dict[str, str | float | bool] = {}
-    for key, value in hparams.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str | bool | int | float) else str(value)
-    return flat
 
 
 def _hparams_summary(flat: Mapping[str, str | float | bool]) -> object:
@@ -170,42 +181,3 @@ def _plugin_summary(tag: str, **content: object) -> object:
     data = proto.HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, **content)
     plugin = summary.SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=data.SerializeToString())
     return summary.Summary(value=[summary.Summary.Value(tag=tag, metadata=summary.SummaryMetadata(plugin_data=plugin))])
-
-
-def _array(value: Any) -> numpy.ndarray[Any, Any]:
-    if isinstance(value, torch.Tensor):
-        tensor = value.detach().cpu()
-        return numpy.asarray(tensor.float() if tensor.is_floating_point() else tensor)  # NumPy has no bfloat16
-    return numpy.asarray(value)
-
-
-def _image(value: object) -> numpy.ndarray[Any, Any]:
-    """An image as HxWxC, uint8."""
-    image = _array(value)
-    if image.ndim == 2:
-        image = image[:, :, None]
-    elif image.ndim == 3 and image.shape[0] in (1, 3, 4):
-        image = image.transpose(1, 2, 0)
-    if image.ndim != 3 or image.shape[2] not in (1, 3, 4):
-        raise LoggerError(f"an image of the shape {image.shape}; allowed: HxW, CxHxW or HxWxC with 1, 3 or 4 channels")
-    if image.dtype == bool or not numpy.issubdtype(image.dtype, numpy.integer):
-        image = numpy.nan_to_num(image.astype(numpy.float32)) * 255 + 0.5
-    return numpy.asarray(numpy.clip(image, 0, 255), dtype=numpy.uint8)
-
-
-def _markdown(value: Any) -> str:
-    """A table in markdown."""
-    if hasattr(value, "to_dict"):
-        value = value.to_dict("list")
-    if isinstance(value, Mapping):
-        columns = list(value)
-        rows = list(zip(*value.values(), strict=True))
-    else:
-        columns = list(dict.fromkeys(name for row in value for name in row))
-        rows = [tuple(row.get(name, "") for name in columns) for row in value]
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(value: object) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -3,7 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lightdeco.marks import marks_of
+from lightdeco.run import Progress
+from lightdeco.settings import Settings
 
 
 class FakeRun:
@@ -11,7 +15,12 @@ class FakeRun:
 
     def __init__(self, directory: Path | None = None, max_epochs: int | None = None) -> None:
         self.epoch = self.global_step = self.batch_idx = 0
+        self.progress = Progress()
+        self.settings = Settings(max_epochs=max_epochs)
         self.max_epochs = max_epochs
+        self.world_size = 1
+        self.device = torch.device("cpu")
+        self.accelerator = None
         self.num_train_batches: int | None = None
         self.num_eval_batches: int | None = None
         self.metrics: dict[str, float] = {}
@@ -19,13 +28,14 @@ class FakeRun:
         self.is_main = True
         self.stop_reason: str | None = None
         self.stage = ""
+        self.eval_loaders: tuple[str | None, ...] = (None,)
         self.has_dir = directory is not None
         self.dir = directory
 
 
 def call(callback: object, event: str, **offered: Any) -> None:
     """Call every method that is marked for the event, with the arguments that it names."""
-    offered = {"exception": KeyboardInterrupt()} | offered
+    offered = {"exception": KeyboardInterrupt(), "dataloader_idx": 0} | offered
     for function in list(vars(type(callback)).values()):
         if any(mark.role == event for mark in marks_of(function)):
             names = function.__code__.co_varnames[1 : function.__code__.co_argcount]
@@ -44,6 +54,8 @@ def fake_fit(
             if between is not None:
                 between()
             run.global_step += 1
+            run.progress.batch += 1
+            run.progress.micro_batch += 1
             run.prog_bar["train/loss"] = 1 / run.global_step
             call(callback, "on_train_batch_end", run=run)
         if val_batches:
@@ -52,17 +64,23 @@ def fake_fit(
         run.stage = "train"
         call(callback, "on_train_epoch_end", run=run)
         run.epoch += 1
+        run.progress.batch = 0
     run.stop_reason = "max_epochs"
     call(callback, "on_fit_end", run=run)
     call(callback, "teardown", run=run, stage="fit")
 
 
-def fake_evaluation(callback: object, run: FakeRun, kind: str, batches: int, between: Any = None) -> None:
-    """The events of an evaluation."""
-    run.stage = "val" if kind == "validation" else kind
+def fake_evaluation(
+    callback: object, run: FakeRun, kind: str, batches: int, between: Any = None, loaders: int = 1
+) -> None:
+    """The events of an evaluation of as many batches of each loader."""
+    before = run.batch_idx
+    run.stage, run.batch_idx = "val" if kind == "validation" else kind, 0
     call(callback, f"on_{kind}_start", run=run)
-    for _ in range(batches):
-        if between is not None:
-            between()
-        call(callback, f"on_{kind}_batch_end", run=run)
+    for dataloader_idx in range(loaders):
+        for run.batch_idx in range(batches):
+            if between is not None:
+                between()
+            call(callback, f"on_{kind}_batch_end", run=run, dataloader_idx=dataloader_idx)
     call(callback, f"on_{kind}_end", run=run)
+    run.batch_idx = before

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from lightdeco.errors import LoggerError
-from lightdeco.loggers import TensorBoard, create
+from lightdeco.loggers import Loggers, TensorBoard, create
+
+from .conftest import Train, curves
 
 pytest.importorskip("tensorboard")
 
@@ -166,3 +168,46 @@ def test_a_missing_package_names_the_pip_command(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(LoggerError, match="`pip install tensorboard`"):
         create("tensorboard", tmp_path)
+
+
+def test_a_fit_is_read_back_whole(train: Train) -> None:
+    """Every metric at its step, every kind of value, hyperparameters, and the extremes of validation metrics."""
+    run = train("tensorboard", kinds="image figure histogram text table")
+    events = _read(run.dir)
+    found = curves(run)
+    for name, points in found.items():
+        read = [(e.step, e.value if e.value == e.value else "nan") for e in events.Scalars(name)]
+        assert read == [(step, pytest.approx(value)) for step, value in points], name
+    losses = [value for _, value in found["val/loss"]]
+    for name, value in (("min/val/loss", min(losses)), ("max/val/loss", max(losses))):
+        assert [event.value for event in events.Scalars(name)] == [pytest.approx(value)]
+    assert set(events.Tags()["scalars"]) == {*found, "min/val/loss", "max/val/loss", "min/val/acc", "max/val/acc"}
+    assert [event.step for event in events.Images("shown/figure")] == [4, 8]
+    assert _pixels(events, "shown/image").shape == (6, 5, 3)
+    assert events.Histograms("shown/histogram")[0].histogram_value.num == 3
+    texts = events.Tensors("shown/text/text_summary")
+    assert texts[-1].tensor_proto.string_val[0] == b"*epoch* 1"
+    table: bytes = events.Tensors("hparams/text_summary")[0].tensor_proto.string_val[0]
+    assert "abc" not in table.decode()
+    assert "| url | http://***@host/x |" in table.decode()
+
+
+def test_the_graph_is_drawn_when_asked_for(tmp_path: Path) -> None:
+    """The graph holds the model's layers; neither its state, its mode nor the random state changes."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2), torch.nn.Dropout())
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    fan = Loggers(create(TensorBoard(graph=torch.ones(4, 3)), tmp_path))
+    fan.watch(model)
+    fan.close("finished")
+    assert b"Linear" in _read(tmp_path).Graph().SerializeToString()
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_graph_that_cannot_be_drawn_ends_the_run_before_it_begins(tmp_path: Path) -> None:
+    """An example input of another shape is a LoggerError that names the logger."""
+    fan = Loggers(create(TensorBoard(graph=torch.ones(4, 9)), tmp_path))
+    with pytest.raises(LoggerError, match="'tensorboard' could not watch the model"):
+        fan.watch(torch.nn.Linear(3, 2))
+    fan.close("failed")

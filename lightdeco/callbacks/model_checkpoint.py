@@ -1,0 +1,235 @@
+"""Which checkpoints are written and kept: the policy. `saving.py` writes them."""
+
+import math
+import string
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from lightdeco.errors import SettingsError, nearest
+
+_MODES = ("min", "max")
+
+
+class ModelCheckpoint:
+    """Says when a run is saved and which checkpoints stay; given as `fit(…, checkpoint=ModelCheckpoint(…))`.
+
+    A checkpoint is written when one of these comes true, and always at the end of the run:
+
+    - `every_n_steps`, `every_n_epochs`, `every_seconds`: so much has passed. Where none of the three is given: at each
+      validation with a `monitor`, else after each epoch;
+    - `monitor`: a validation was among the `save_top_k` best so far.
+
+    Args:
+        monitor: the metric that decides which are best, such as "val/loss". Without one the newest are kept.
+        mode: whether less ("min") or more ("max") is better.
+        save_top_k: how many of the best (without `monitor`: of the newest) stay; None for all, 0 for none.
+        save_last: with a `monitor`, also keep the newest. The one at the end of the run is kept in any case.
+        every_n_steps: steps between two checkpoints; counts `global_step`.
+        every_n_epochs: epochs between two checkpoints.
+        every_seconds: seconds between two checkpoints, at least.
+        filename: the name of a checkpoint's directory, filled in with `epoch`, `step` and metrics by name:
+            "epoch={epoch}-{val/loss:.3f}".
+        on_exception: also write when an error or a signal ends the run, if the state is between two steps.
+        background: write in a thread, from a copy of the state; the next one waits for it.
+
+    Raises:
+        SettingsError: an argument is not allowed; at the first validation, if `monitor` was not recorded.
+
+    >>> ModelCheckpoint(monitor="val/acc", mode="max", save_top_k=3).save_top_k
+    3
+    """
+
+    #: Whether the monitored metric may be missing: the default policy looks for "val/loss" where there is one.
+    optional = False
+    #: Whether a new best is held in memory until the next write is due.
+    holds = False
+
+    def __init__(
+        self,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        save_top_k: int | None = 1,
+        save_last: bool = True,
+        every_n_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        every_seconds: float | None = None,
+        filename: str | None = None,
+        on_exception: bool = True,
+        background: bool = False,
+    ) -> None:
+        if monitor is not None and (not isinstance(monitor, str) or not monitor):
+            raise _wrong("monitor", monitor, "the name of a metric, such as 'val/loss', None")
+        if mode not in _MODES:
+            raise _wrong("mode", mode, "'min', 'max'" + nearest(str(mode), _MODES))
+        if save_top_k is not None and not _integer(save_top_k, 0):
+            raise _wrong("save_top_k", save_top_k, "an integer of at least 0, None for all")
+        for name, count in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
+            if count is not None and not _integer(count, 1):
+                raise _wrong(name, count, "an integer of at least 1, None")
+        if every_seconds is not None and not _positive(every_seconds):
+            raise _wrong("every_seconds", every_seconds, "a number above 0, None")
+        for name, flag in (("save_last", save_last), ("on_exception", on_exception), ("background", background)):
+            if not isinstance(flag, bool):
+                raise _wrong(name, flag, "True, False")
+        if filename is not None:
+            _check_filename(filename)
+        self.monitor, self.mode, self.save_top_k, self.save_last = monitor, mode, save_top_k, save_last
+        self.every_n_steps, self.every_n_epochs, self.every_seconds = every_n_steps, every_n_epochs, every_seconds
+        self.filename, self.on_exception, self.background = filename, on_exception, background
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget an earlier run."""
+        #: The checkpoints that stay for their score (without a monitor: for their age), by name, worst or oldest first.
+        self.kept: dict[str, float | None] = {}
+        #: The newest checkpoint.
+        self.last: str | None = None
+        self._written = time.monotonic()
+        self._step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The kept checkpoints and the last one, by name."""
+        return {"kept": dict(self.kept), "last": self.last}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self.kept, self.last = dict(state["kept"]), state["last"]
+
+    @property
+    def validates(self) -> bool:
+        """Whether each validation is an occasion to write: there is a monitor, and no other occasion was named."""
+        occasions = (self.every_n_steps, self.every_n_epochs, self.every_seconds)
+        return self.monitor is not None and occasions == (None, None, None)
+
+    # ---- when --------------------------------------------------------------------------------------------------------
+
+    def due(self, step: int, epoch: int | None = None) -> bool:
+        """Whether to write after this step; `epoch`: the number of finished ones, where one has just ended."""
+        if self.every_n_steps is not None and step != self._step and step % self.every_n_steps == 0:
+            return True
+        if self.every_seconds is not None and time.monotonic() - self._written >= self.every_seconds:
+            return True
+        every = self.every_n_epochs
+        if self.monitor is None and (self.every_n_steps, self.every_seconds, every) == (None, None, None):
+            every = 1
+        return epoch is not None and every is not None and epoch % every == 0
+
+    def score(self, metrics: Mapping[str, float]) -> float | None:
+        """The monitored metric of the validation that has just ended; None without a monitor.
+
+        Raises:
+            SettingsError: it was not recorded.
+        """
+        if self.monitor is None:
+            return None
+        if self.monitor not in metrics:
+            if self.optional:
+                return None
+            names = ", ".join(sorted(metrics)) or "none"
+            hint = nearest(self.monitor, metrics)
+            raise SettingsError(f"ModelCheckpoint(monitor={self.monitor!r}) was not recorded; recorded: {names}{hint}")
+        return metrics[self.monitor]
+
+    def improves(self, score: float) -> bool:
+        """Whether a score is among the `save_top_k` best so far; NaN never is."""
+        if math.isnan(score) or self.save_top_k == 0:
+            return False
+        if self.save_top_k is None or len(self.kept) < self.save_top_k:
+            return True
+        worst = next(iter(self.kept.values()))
+        return worst is None or self._better(score, worst)
+
+    def _better(self, a: float, b: float) -> bool:
+        return a < b if self.mode == "min" else a > b
+
+    # ---- which -------------------------------------------------------------------------------------------------------
+
+    def name(self, step: int, epoch: int, metrics: Mapping[str, float]) -> str:
+        """The name of a checkpoint's directory.
+
+        Raises:
+            SettingsError: `filename` asks for a metric that was not recorded, or gives no name of a file.
+        """
+        if self.filename is None:
+            return f"step={step:08d}"
+        values = {**metrics, "step": step, "epoch": epoch}
+        try:
+            found = self.filename.format_map(values)
+        except (KeyError, ValueError, IndexError, AttributeError) as error:
+            known = ", ".join(sorted(values))
+            raise SettingsError(f"ModelCheckpoint(filename={self.filename!r}): {error}; known: {known}") from error
+        if not found or found.startswith(".") or any(c in found for c in "/\\\0") or len(found.encode()) > 200:
+            raise SettingsError(
+                f"ModelCheckpoint(filename={self.filename!r}) gives {found!r}, which is no name of a directory"
+            )
+        return found
+
+    def written(self, name: str, step: int) -> None:
+        """Take note of a checkpoint that was written."""
+        self._written, self._step, self.last = time.monotonic(), step, name
+
+    def rank(self, name: str, score: float | None) -> None:
+        """Take a checkpoint among those that stay; `score` is None for one that no validation chose."""
+        if score is None and self.monitor is not None:
+            return
+        self.kept.pop(name, None)
+        self.kept[name] = score
+        if self.monitor is not None:
+            self.kept = dict(sorted(self.kept.items(), key=self._order))
+        while self.save_top_k is not None and len(self.kept) > self.save_top_k:
+            del self.kept[next(iter(self.kept))]
+
+    def _order(self, item: tuple[str, float | None]) -> float:
+        score = item[1]
+        assert score is not None
+        return -score if self.mode == "min" else score
+
+    def forget(self, name: str) -> None:
+        """Drop a checkpoint that could not be written, or is no longer there."""
+        self.kept.pop(name, None)
+        self.last = None if self.last == name else self.last
+
+    @property
+    def best(self) -> tuple[str, float] | None:
+        """The name and score of the best one, or None."""
+        if self.monitor is None or not self.kept:
+            return None
+        name, score = list(self.kept.items())[-1]
+        return None if score is None else (name, score)
+
+    def keep(self, ending: bool = False) -> set[str]:
+        """The names of all that stay; `ending`: the run is over, so that the newest stays whatever the policy."""
+        last = {self.last} if self.last is not None and (ending or self.save_last or not self.kept) else set()
+        return set(self.kept) | last
+
+
+class DefaultCheckpoint(ModelCheckpoint):
+    """`checkpoint=True`: the last, and the best by val/loss where there is one; written every 30 s at most."""
+
+    optional = True
+    holds = True
+
+    def __init__(self) -> None:
+        super().__init__(monitor="val/loss", every_seconds=30)
+
+
+def _wrong(name: str, value: object, allowed: str) -> SettingsError:
+    return SettingsError(f"ModelCheckpoint({name}={value!r}); allowed: {allowed}")
+
+
+def _integer(value: object, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _check_filename(filename: object) -> None:
+    if not isinstance(filename, str) or not filename:
+        raise _wrong("filename", filename, "a text such as 'epoch={epoch}', None")
+    try:
+        list(string.Formatter().parse(filename))
+    except ValueError as error:
+        raise _wrong("filename", filename, f"a text such as 'epoch={{epoch}}' ({error})") from error

@@ -1,0 +1,190 @@
+"""The run's directory: made, found again to resume from, and locked while a run writes into it."""
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from . import checkpoint
+from .checkpoint.manifest import MANIFEST
+from .errors import CheckpointError, LaunchError, SettingsError, nearest, warn
+from .settings import Settings
+
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+
+
+# ---- new -------------------------------------------------------------------------------------------------------------
+
+
+def make_directory(settings: Settings, class_name: str) -> Path:
+    """Make the run's directory, exclusively: `<root_dir>/<name>`, or `<root_dir>/<Class>/version_<n>`.
+
+    Raises:
+        SettingsError: the name exists (without `overwrite`), or `root_dir` cannot be written.
+    """
+    root = Path(settings.root_dir)
+    try:
+        if settings.name is not None:
+            return _named(root, settings.name, settings.overwrite)
+        parent = root / class_name
+        parent.mkdir(parents=True, exist_ok=True)
+        versions = [int(n) for p in parent.iterdir() if (n := p.name.removeprefix("version_")).isdecimal()]
+        version = max(versions, default=-1) + 1
+        while True:  # another process may make the same one: mkdir decides
+            try:
+                (parent / f"version_{version}").mkdir()
+                break
+            except FileExistsError:
+                version += 1
+        return _writable(parent / f"version_{version}")
+    except OSError as error:
+        raise SettingsError(f"root_dir={str(root)!r} cannot be written: {error}; give a directory that can") from error
+
+
+def _named(root: Path, name: str, overwrite: bool) -> Path:
+    path = root / name
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir()
+    except FileExistsError:
+        if not overwrite:
+            raise SettingsError(f"name={name!r}: {path} exists; give another name, or overwrite=True") from None
+        ours = path.is_dir() and not path.is_symlink() and ((path / METRICS).exists() or not any(path.iterdir()))
+        if not ours:
+            raise SettingsError(f"name={name!r}: {path} is no run of lightdeco, so it is not overwritten") from None
+        with locked(path):
+            shutil.rmtree(path)
+        path.mkdir()
+    return _writable(path)
+
+
+def _writable(path: Path) -> Path:
+    (path / METRICS).touch(exist_ok=False)
+    return path
+
+
+# ---- found again -----------------------------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """Where a run goes on: its directory (None: a new one) and the checkpoint (None: from the start)."""
+
+    directory: Path | None
+    checkpoint: Path | None
+
+
+def find(settings: Settings, class_name: str, which: str | os.PathLike[str]) -> Found:
+    """The checkpoint that `resume=` or `weights=` means: "auto", "last", "best", or a path.
+
+    A path is a checkpoint, a folder of checkpoints or a run's directory. A name looks in `<root_dir>/<name>`, without a
+    name in the newest `<root_dir>/<Class>/version_<n>`. Checkpoints that are passed over are named in a warning each.
+
+    Raises:
+        CheckpointError: there is none ("auto" starts anew then), or none of those that are there is valid.
+    """
+    if which not in ("auto", "last", "best"):
+        return _at(Path(which), which)
+    directory = _existing(settings, class_name)
+    where = directory or (Path(settings.root_dir) / (settings.name or class_name))
+    newest = _newest(where / CHECKPOINTS)
+    if newest is None:
+        if which == "auto":
+            return Found(directory, None)
+        raise CheckpointError(f"{which!r}: there is no checkpoint in {where}; look at name and root_dir")
+    return Found(where, newest if which != "best" else _best(newest))
+
+
+def _existing(settings: Settings, class_name: str) -> Path | None:
+    root = Path(settings.root_dir)
+    if settings.name is not None:
+        return root / settings.name if (root / settings.name).is_dir() else None
+    versions = [p for p in (root / class_name).glob("version_*") if p.name.removeprefix("version_").isdecimal()]
+    return max(versions, key=lambda path: int(path.name.removeprefix("version_")), default=None)
+
+
+def _at(path: Path, given: object) -> Found:
+    if (path / MANIFEST).is_file():
+        folder, found = path.parent, path
+    else:
+        folder = path if path.name == CHECKPOINTS else path / CHECKPOINTS
+        newest = _newest(folder)
+        if newest is None:
+            hint = nearest(str(given), ("auto", "last", "best"))
+            raise CheckpointError(
+                f"{str(given)!r} is no checkpoint, and no directory that holds one; allowed: 'auto', 'last', 'best', "
+                f"the path of a checkpoint or of a run{hint}"
+            )
+        found = newest
+    return Found(folder.parent if folder.name == CHECKPOINTS else None, found)
+
+
+def _newest(folder: Path) -> Path | None:
+    found, passed_over = checkpoint.newest_valid(folder)
+    for path, reason in passed_over:
+        warn(f"the checkpoint {path} was passed over: {reason}")
+    return found
+
+
+def _best(newest: Path) -> Path:
+    kept = checkpoint.load(newest).callbacks.get("ModelCheckpoint", {}).get("kept", {})
+    scored = [name for name, score in kept.items() if score is not None]
+    if not scored:
+        raise CheckpointError(
+            f"'best': {newest} knows of none; a best one is kept by ModelCheckpoint(monitor=…), and by default where "
+            "there is a validation that returns a loss"
+        )
+    path = newest.parent / str(scored[-1]).replace("/", "")
+    checkpoint.verify(path)
+    return path
+
+
+# ---- locked ----------------------------------------------------------------------------------------------------------
+
+_held: set[Path] = set()  # by this process; the lock of the system is one per process
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep other runs out of a directory. The system frees the lock of a process that dies.
+
+    Raises:
+        LaunchError: another run writes into it; names its process and host.
+    """
+    path = directory.resolve() / "run.lock"
+    if path in _held:
+        raise LaunchError(f"{directory} is in use by a run of this very process; give another name")
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            _lock(file.fileno())
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                raise OSError("removed by its owner a moment ago")
+        except OSError:
+            file.seek(0)
+            owner = file.read(200).strip() or "another process"
+            raise LaunchError(f"{directory} is in use by {owner}; wait for its end, or give another name") from None
+        _held.add(path)
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
+        finally:
+            _held.discard(path)
+            with suppress(OSError):
+                path.unlink()
+
+
+def _lock(descriptor: int) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+    else:
+        # Not flock: forked workers would hold it on after the run was killed.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,115 @@
+"""`resume=` and `weights=`: where a verb goes on, or whose weights it uses."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from . import checkpoint
+from .callbacks.model_checkpoint import DefaultCheckpoint, ModelCheckpoint
+from .checkpoint import State
+from .directory import find
+from .errors import SettingsError, warn
+from .plan import Plan
+from .run import RESERVED_NAMES, Run
+from .saving import POLICY
+from .session import Session
+from .settings import Settings
+from .state import restore_data
+
+#: "best", "last" or a path; None for the model as it is.
+Weights: TypeAlias = str | os.PathLike[str] | None
+
+
+@dataclass
+class Resumed:
+    """What was found: the run's directory (None: a new one), the checkpoint and, for `fit`, its state."""
+
+    directory: Path | None
+    checkpoint: Path | None
+    state: State | None
+
+
+def look(plan: Plan, settings: Settings, writes: bool, weights: Weights) -> Resumed | None:
+    """Find and read the checkpoint that `resume=` or `weights=` means; None where neither is given.
+
+    Raises:
+        CheckpointError: there is none, or none is valid.
+    """
+    name = type(plan.model).__name__
+    if weights is not None:
+        return Resumed(None, find(settings, name, weights).checkpoint, None)
+    which = settings.resume
+    if plan.verb != "fit" or which is None:
+        return None
+    if not writes:
+        warn(f"resume={which!r} has no effect with fast_dev_run")
+        return None
+    if settings.overwrite:
+        raise SettingsError(f"overwrite=True would delete the run that resume={which!r} goes on with; give one of them")
+    directory, path = find(settings, name, which)
+    if settings.name is not None and directory != Path(settings.root_dir) / settings.name:
+        directory = None  # the run goes on under a name of its own
+    return Resumed(directory, path, checkpoint.load(path) if path is not None else None)
+
+
+def seed_of(resumed: Resumed | None, settings: Settings, drawn: int) -> int:
+    """The seed of the run.
+
+    Raises:
+        SettingsError: the run to go on with has another seed than the one given.
+    """
+    if resumed is None or resumed.state is None:
+        return drawn
+    seed: int = resumed.state.progress["seed"]
+    if settings.seed not in (None, seed):
+        raise SettingsError(
+            f"seed={settings.seed}: the run to resume has seed={seed}, which decides its order of data; leave it out"
+        )
+    return seed
+
+
+def _rewind(run: Run) -> None:
+    """Make the loggers forget what came after the checkpoint."""
+    records = [(record["step"], {k: v for k, v in record.items() if k not in RESERVED_NAMES}) for record in run.history]
+    run.loggers.cut(run.global_step)
+    run.loggers.rewind(records)
+
+
+def load_first(s: Session, resumed: Resumed) -> None:
+    """Load the weights, and the data object's own state, before anything is made of them."""
+    if resumed.checkpoint is not None:
+        checkpoint.load_weights(s.plan.model, resumed.checkpoint)
+    if resumed.state is not None:
+        restore_data(s, resumed.state)
+
+
+def policy(settings: Settings) -> ModelCheckpoint | None:
+    """The policy that `checkpoint=` means, ready for a new run; None for no checkpoints.
+
+    Raises:
+        SettingsError: it is something else than a ModelCheckpoint.
+    """
+    given = settings.checkpoint
+    if isinstance(given, bool):
+        return DefaultCheckpoint() if given else None
+    if not isinstance(given, ModelCheckpoint):
+        raise SettingsError(f"checkpoint is a {type(given).__name__}; allowed: True, False, ld.ModelCheckpoint(…)")
+    given.begin()
+    return given
+
+
+def go_on(s: Session, resumed: Resumed) -> None:
+    """Cut the records back to the checkpoint, and take over what is kept in the directory."""
+    run, state, directory = s.run, resumed.state, resumed.directory
+    if directory is not None:
+        run.cut_records(0 if state is None else state.progress["records"])
+        _rewind(run)
+    if s.saver is None or state is None or directory is None:
+        return
+    policy = s.saver.policy
+    policy.load_state_dict(state.callbacks.get(POLICY, {"kept": {}, "last": None}))
+    for name in [*policy.kept, *([policy.last] if policy.last else [])]:
+        if not (s.saver.directory / name).is_dir():
+            policy.forget(name)
+    s.saver.show()

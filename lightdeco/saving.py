@@ -1,0 +1,216 @@
+"""When a run is saved: after a step or an epoch, at the end, on a signal and on an error. `ModelCheckpoint` decides."""
+
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import checkpoint
+from .callbacks.model_checkpoint import ModelCheckpoint
+from .checkpoint import Snapshot, State
+from .errors import CheckpointError, LightdecoError, StepError, warn
+from .session import Session
+from .state import collect, collect_metrics
+
+#: The policy's own name among the states of callbacks.
+POLICY = "ModelCheckpoint"
+
+
+class Saver:
+    """Writes the checkpoints of one run into `directory`, on the main process.
+
+    `boundary` is called between two steps, where a run can be continued. A write that fails is one warning, and is
+    tried again when the next one is due; at the end of the run it raises.
+    """
+
+    def __init__(self, session: Session, policy: ModelCheckpoint, directory: Path) -> None:
+        self._session, self.policy, self.directory = session, policy, directory
+        self._validated = False  # since the last boundary
+        self._metrics: dict[str, Any] | None = None  # of an epoch that is being ended
+        self._score: float | None = None  # of a validation that improved, and is not saved yet
+        self._held: tuple[Snapshot, str, tuple[int, ...]] | None = None
+        self._saved: tuple[int, ...] | None = self._position()  # of the last write, or where the run began
+        self._thread: threading.Thread | None = None
+        self._writing = ""  # the name of what the thread writes
+        self._failure: BaseException | None = None
+        self._warned = False
+
+    # ---- called by the loop ------------------------------------------------------------------------------------------
+
+    def validated(self, metrics: Mapping[str, float]) -> None:
+        """A validation has ended: decide whether these weights are among the best."""
+        self._validated = True
+        score = self.policy.score(metrics)
+        if score is not None and self.policy.improves(score):
+            self._score = score
+
+    def epoch_ends(self) -> None:
+        """The metrics of an epoch are about to be taken: keep them for a stop in the validation that follows."""
+        self._metrics = collect_metrics(self._session)
+
+    def boundary(self, epoch: int | None = None) -> None:
+        """Between two steps: write or hold what is due. `epoch`: how many are finished, where one has just ended.
+
+        Raises:
+            StepError: the losses, the weights or the state of the optimizer are not finite; nothing is written then.
+        """
+        policy = self.policy
+        self._metrics = None
+        due = policy.due(self._session.run.global_step, epoch)
+        if not due and not self._validated:
+            return
+        score, self._score, self._validated = self._score, None, False
+        if policy.holds and not due:
+            if score is not None:
+                self._hold(score)
+        elif due or score is not None or (policy.validates and policy.save_last):
+            if score is None:
+                self._write_held()
+            self._held = None  # what is written now is better
+            self._write_now(score)
+
+    def finish(self) -> None:
+        """At the end of the run: write what is held and, unless it was just written, the state as it is now.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self._write_held(final=True)
+        if self._saved != self._position():
+            self._write_now(self._score, final=True)
+        self._score = None
+        self._join(final=True)
+        self._prune(ending=True)
+
+    def fail(self, error: BaseException) -> None:
+        """On an error: write what is held and, where the error came between two updates, the state; never raises."""
+        if isinstance(error, CheckpointError):
+            return
+        try:
+            self._write_held(final=True)
+            if self.policy.on_exception and self._sound(error) and self._saved != self._position():
+                self._write_now(final=True)
+            self._join(final=True)
+        except LightdecoError as failure:
+            warn(f"the run could not be saved after {type(error).__name__}: {failure}")
+
+    # ---- writing -----------------------------------------------------------------------------------------------------
+
+    def _position(self) -> tuple[int, ...]:
+        progress = self._session.run.progress
+        return progress.epoch, progress.batch, progress.global_step
+
+    def _sound(self, error: BaseException) -> bool:
+        """Whether the run can be continued from here: no step is half done, and nothing has gone bad."""
+        if isinstance(error, StepError) or not self._session.between_steps():
+            return False
+        try:
+            self._session.refuse_nan()
+            self._refuse_bad_weights()
+        except StepError:
+            return False
+        return True
+
+    def _state(self) -> tuple[State, str]:
+        s = self._session
+        s.refuse_nan()
+        self._refuse_bad_weights()
+        name = self.policy.name(s.run.global_step, s.run.epoch, s.run.metrics)
+        return collect(s, self._metrics), name
+
+    def _refuse_bad_weights(self) -> None:
+        """A finite loss does not show that the update after it was finite. Waits for the device."""
+        run = self._session.run
+        if self._session.settings.on_nan != "raise":
+            return
+        floating = [p.detach() for p in run.model.parameters() if p.is_floating_point()]
+        finite = [torch.isfinite(norm) for norm in torch._foreach_norm(floating)] if floating else []
+        if not all(bool(each) for each in finite) and not all(bool(torch.isfinite(p).all()) for p in floating):
+            names = [name for name, p in run.model.named_parameters() if not bool(torch.isfinite(p).all())]
+            raise StepError(
+                f"the weights are not finite (NaN or infinite) after global_step {run.global_step}: "
+                f"{', '.join(names[:5])}{' …' if len(names) > 5 else ''}; they were not saved. "
+                "detect_anomaly=True finds the operation"
+            )
+
+    def _hold(self, score: float) -> None:
+        """Keep a copy of the state in memory, until the next write is due."""
+        state, name = self._ranked(score)
+        self._held = checkpoint.snapshot(state), name, self._position()
+
+    def _ranked(self, score: float | None) -> tuple[State, str]:
+        """The state as it is now, with what the policy knows once it is written."""
+        state, name = self._state()
+        self.policy.rank(name, score)
+        state.callbacks[POLICY] = self.policy.state_dict() | {"last": name}
+        return state, name
+
+    def _write_held(self, final: bool = False) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            self._write(*held, final)
+
+    def _write_now(self, score: float | None = None, final: bool = False) -> None:
+        self._write(*self._ranked(score), self._position(), final)
+
+    def _write(self, state: State | Snapshot, name: str, position: tuple[int, ...], final: bool) -> None:
+        self._join(final)
+        self.policy.written(name, self._session.run.global_step)
+        self._saved = position
+        if not self.policy.background or final:
+            self._attempt(lambda: self._save(state, name), name, final)
+            return
+        copied = state if isinstance(state, Snapshot) else checkpoint.snapshot(state)
+
+        def work() -> None:
+            try:
+                self._save(copied, name)
+            except BaseException as error:
+                self._failure = error
+
+        self._writing = name
+        self._thread = threading.Thread(target=work, name="lightdeco checkpoint", daemon=False)
+        self._thread.start()
+
+    def _join(self, final: bool = False) -> None:
+        """Wait for a write in the background, and say how it failed."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread, failure, self._failure = None, self._failure, None
+        if failure is not None:
+
+            def failed() -> None:
+                raise failure
+
+            self._attempt(failed, self._writing, final)
+
+    def _attempt(self, write: Callable[[], None], name: str, final: bool) -> None:
+        try:
+            write()
+        except CheckpointError as error:
+            self.policy.forget(name)
+            self._saved = None
+            if final:
+                raise
+            if not self._warned:
+                self._warned = True
+                warn(f"the run could not be saved, training goes on: {error}; it is tried again, and fails at the end")
+
+    def _save(self, state: State | Snapshot, name: str) -> None:
+        checkpoint.save(self.directory, name, state)
+        self.show()
+        self._prune()
+
+    def show(self) -> None:
+        """Tell the run which checkpoints are the last and the best."""
+        run, last, best = self._session.run, self.policy.last, self.policy.best
+        run.last_checkpoint = None if last is None else self.directory / last
+        run.best_checkpoint, run.best_score = (None, None) if best is None else (self.directory / best[0], best[1])
+
+    def _prune(self, ending: bool = False) -> None:
+        keep = self.policy.keep(ending)
+        if keep:
+            checkpoint.prune(self.directory, keep)

@@ -1,0 +1,68 @@
+"""Signals while a fit runs: they set a flag, and the run stops at the next step, saved."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Final
+
+#: What each signal ends the process with, once the run is saved.
+_ENDS: Final[dict[int, Callable[[], BaseException]]] = {
+    signal.SIGTERM: lambda: SystemExit(128 + signal.SIGTERM),
+    signal.SIGINT: KeyboardInterrupt,
+}
+
+
+class Signals:
+    """SIGTERM and SIGINT: `received` is the first that came, or None.
+
+    The handler sets the flag and calls the handler that was there before. A second SIGINT raises `KeyboardInterrupt` at
+    once; a second SIGTERM changes nothing, so that a save that is under way is finished.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Catch the signals until the end; Python allows it in the main thread only, elsewhere nothing is caught."""
+        if threading.current_thread() is threading.main_thread():
+            for number in _ENDS:
+                before = signal.getsignal(number)
+                if before is not signal.SIG_IGN:  # as under nohup
+                    self._before[number] = signal.signal(number, self._handle)
+        try:
+            yield
+        finally:
+            for number, before in self._before.items():
+                signal.signal(number, signal.SIG_DFL if before is None else before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        again = self.received == number == signal.SIGINT
+        if self.received is None:
+            self.received = number
+            if number == signal.SIGINT:  # written past Python's buffers, which the handler may have interrupted
+                os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
+        before = self._before[number]
+        if again:
+            raise KeyboardInterrupt
+        if callable(before) and before is not signal.default_int_handler:
+            before(number, frame)
+
+    @property
+    def name(self) -> str | None:
+        """The name of what was received, such as "SIGTERM"."""
+        return None if self.received is None else signal.Signals(self.received).name
+
+    def end(self) -> None:
+        """End the process as the signal asks; does nothing when none came.
+
+        Raises:
+            SystemExit: with status 143 after SIGTERM.
+            KeyboardInterrupt: after SIGINT; a script then ends with status 130.
+        """
+        if self.received is not None:
+            raise _ENDS[self.received]()

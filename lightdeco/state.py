@@ -1,0 +1,252 @@
+"""What a checkpoint holds of a run: `collect` reads it from a session, `restore` puts it back."""
+
+import platform
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from time import monotonic
+from typing import Any
+
+import numpy
+import torch
+
+from .checkpoint import State, load_optimizer
+from .errors import CheckpointError, warn
+from .plan import Hook
+from .session import Session
+
+
+def collect(s: Session, metrics: Mapping[str, Any] | None = None) -> State:
+    """The state between two steps. The tensors are the live ones: it must be written or copied before the next step.
+
+    `metrics`: what `collect_metrics` gave, where that was taken away meanwhile.
+
+    Raises:
+        CheckpointError: something has a state that is no dict.
+    """
+    from . import __version__
+
+    run = s.run
+    run.progress.seconds = s.seconds()
+    corners: dict[str, Any] = {}
+    for key, hook in _named(s, "on_save_checkpoint"):
+        s.plan.call(hook, run, (corners.setdefault(key, {}),))
+    return State(
+        model=s.plan.model.state_dict(),
+        optimizers={name: optim.optimizer.state_dict() for name, optim in run.optims.items()},
+        schedulers={n: optim.scheduler.state_dict() for n, optim in run.optims.items() if optim.scheduler is not None},
+        callbacks={key: thing.state_dict() for key, thing in _with_state(s)},
+        data=_data(s),
+        progress=asdict(run.progress) | _position(s),
+        metrics={"latest": run.metrics} | dict(metrics or collect_metrics(s)),
+        random=_random(),
+        hparams=run.hparams,
+        settings=_settings(s),
+        extra=corners,
+        versions={"lightdeco": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
+    )
+
+
+def collect_metrics(s: Session) -> dict[str, Any]:
+    """What was logged in the present epoch."""
+    return {"means": s.means.state_dict(), "torchmetrics": _torchmetrics(s)}
+
+
+def restore(s: Session, state: State) -> None:
+    """Put a state back into a session that was made ready: all but the model's weights, which go first.
+
+    Raises:
+        CheckpointError: the state is of other optimizers, or of other parameters.
+    """
+    run = s.run
+    if state.optimizers.keys() != run.optims.keys():
+        raise CheckpointError(
+            f"the checkpoint has the optimizers {_names(state.optimizers)}; this run has {_names(run.optims)}"
+        )
+    for name, optim in run.optims.items():
+        if (optim.scheduler is not None) != (name in state.schedulers):
+            raise CheckpointError(
+                f"the checkpoint was written {'with' if name in state.schedulers else 'without'} a scheduler, and this "
+                "run is the other way round; start it anew, with the weights alone: ld.load_weights(model, path)"
+            )
+        if optim.scheduler is not None:
+            optim.scheduler.load_state_dict(state.schedulers[name])
+        # After the schedulers, some of which set learning rates.
+        load_optimizer(optim.optimizer, state.optimizers[name], name or "optimizer")
+    things = dict(_with_state(s))
+    for key in [key for key in state.callbacks if key not in things and key != "ModelCheckpoint"]:
+        warn(f"the checkpoint holds a state of the callback {key}, which this run does not have; it is left out")
+    for key, thing in things.items():
+        if key in state.callbacks:
+            thing.load_state_dict(state.callbacks[key])
+    _compare_data(s, state.data)
+    progress = run.progress
+    for field in asdict(progress):
+        if field != "calls":
+            setattr(progress, field, state.progress[field])
+    progress.calls.clear()
+    progress.calls.update(state.progress["calls"])
+    run.should_stop, run.stop_reason = state.progress["should_stop"], state.progress["stop_reason"]
+    s.finished, s.started = state.progress["finished"], monotonic() - progress.seconds
+    s.first_micro_batch = progress.micro_batch - progress.batch
+    s.steps_before = -1 if progress.batch else progress.global_step
+    s.checked_batch, s.checked_step = progress.batch, progress.global_step
+    run.metrics.update(state.metrics["latest"])
+    s.means.load_state_dict(state.metrics["means"])
+    _restore_torchmetrics(s, state.metrics["torchmetrics"])
+    for key, hook in _named(s, "on_load_checkpoint"):
+        s.plan.call(hook, run, (state.extra.get(key, {}),))
+    _restore_random(state.random)
+
+
+def _position(s: Session) -> dict[str, Any]:
+    """What belongs to the position of a run besides its progress."""
+    run = s.run
+    return {
+        "seed": run.seed,
+        "world_size": run.world_size,
+        "records": run.records_size,
+        "should_stop": run.should_stop,
+        "stop_reason": run.stop_reason,
+        "finished": s.finished,
+    }
+
+
+def _names(things: Mapping[str, object]) -> list[str]:
+    return sorted(things)
+
+
+def _owners(s: Session) -> dict[int, str]:
+    """A name for each object with marks, by its id: "model", "data", or the class of a callback and its number."""
+    named: dict[int, str] = {}
+    counts: dict[str, int] = {}
+    for thing in s.plan.owners:
+        if thing is s.plan.model or thing is s.plan.data:
+            named[id(thing)] = "model" if thing is s.plan.model else "data"
+            continue
+        kind = type(thing).__qualname__
+        counts[kind] = counts.get(kind, 0) + 1
+        named[id(thing)] = kind if counts[kind] == 1 else f"{kind} {counts[kind]}"
+    return named
+
+
+def _named(s: Session, event: str) -> Iterator[tuple[str, Hook]]:
+    owners = _owners(s)
+    return ((owners[id(hook.owner)], hook) for hook in s.plan.all(event))
+
+
+def _with_state(s: Session) -> Iterator[tuple[str, Any]]:
+    """The callbacks that have a state, by name."""
+    owners = _owners(s)
+    for thing in s.plan.owners:
+        if owners[id(thing)] not in ("model", "data") and _has_state(thing):
+            yield owners[id(thing)], thing
+
+
+def _has_state(thing: object) -> bool:
+    return callable(getattr(thing, "state_dict", None)) and callable(getattr(thing, "load_state_dict", None))
+
+
+def _settings(s: Session) -> dict[str, Any]:
+    """The settings as plain values, for people; nothing reads them back."""
+    plain = (bool, int, float, str, type(None))
+    found = {name: getattr(s.settings, name) for name in vars(s.settings) if name not in ("callbacks", "hparams")}
+    return {name: value if isinstance(value, plain) else repr(value) for name, value in found.items()}
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def _data(s: Session) -> dict[str, Any]:
+    """The data object's own state, and what the order of the batches depends on besides the position."""
+    (loader,) = s.loaders["train"]
+    thing = _data_object(s)
+    own = thing.state_dict() if thing is not None else None
+    return {"own": own, "length": loader.length, "stream_workers": loader.stream_workers}
+
+
+def _data_object(s: Session) -> Any:
+    """The data object, if it has a state of its own."""
+    return s.plan.data if s.plan.data is not s.plan.model and _has_state(s.plan.data) else None
+
+
+def _compare_data(s: Session, data: Mapping[str, Any]) -> None:
+    """Name what makes the batches other ones than those of the interrupted run."""
+    (loader,) = s.loaders["train"]
+    if data["length"] != loader.length:
+        warn(
+            f"the train loader had {data['length']} batches when the checkpoint was written and has {loader.length} "
+            "now: the run goes on with other batches than it would have had"
+        )
+    if data["stream_workers"] != loader.stream_workers:
+        warn(
+            f"the train loader reads an iterable dataset with {loader.stream_workers} workers, and had "
+            f"{data['stream_workers']} when the checkpoint was written: the run goes on with other batches"
+        )
+
+
+def restore_data(s: Session, state: State) -> None:
+    """Give the data object its own state back, before it is asked for loaders."""
+    thing = _data_object(s)
+    if state.data["own"] is not None and thing is not None:
+        thing.load_state_dict(state.data["own"])
+
+
+# ---- torchmetrics ----------------------------------------------------------------------------------------------------
+
+
+def _metric_modules(s: Session) -> dict[str, Any]:
+    """The torchmetrics objects in the model, by their path; `state_dict` leaves out what they have counted."""
+    return {n: m for n, m in s.plan.model.named_modules() if hasattr(m, "_defaults") and hasattr(m, "_update_count")}
+
+
+def _torchmetrics(s: Session) -> dict[str, Any]:
+    modules = _metric_modules(s)
+    paths = {id(module): path for path, module in modules.items()}
+    logged = {name: paths.get(id(metric)) for name, metric in s.means.metrics.items()}
+    for name, path in logged.items():
+        if path is None:
+            warn(
+                f"the torchmetrics object logged as {name!r} is no part of the model, so a checkpoint within an epoch "
+                "does not hold what it has counted; make it an attribute of the model"
+            )
+    counted = {
+        path: {"count": m._update_count, **{name: getattr(m, name) for name in m._defaults}}
+        for path, m in modules.items()
+        if m._update_count
+    }
+    return {"logged": {name: path for name, path in logged.items() if path is not None}, "counted": counted}
+
+
+def _restore_torchmetrics(s: Session, state: Mapping[str, Any]) -> None:
+    modules = _metric_modules(s)
+    for path, values in state["counted"].items():
+        if path in modules:
+            metric = modules[path]
+            for name in metric._defaults:
+                setattr(metric, name, _moved(values[name], metric.device))
+            metric._update_count, metric._computed = values["count"], None
+    s.means.metrics.update({name: modules[path] for name, path in state["logged"].items() if path in modules})
+
+
+def _moved(value: Any, device: Any) -> Any:
+    return [v.to(device) for v in value] if isinstance(value, list) else value.to(device)
+
+
+# ---- random state ----------------------------------------------------------------------------------------------------
+
+
+def _random() -> dict[str, Any]:
+    name, *rest = numpy.random.get_state()
+    state = {"torch": torch.get_rng_state(), "numpy": [name, *rest], "random": random.getstate()}
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _restore_random(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    numpy.random.set_state(tuple(state["numpy"]))
+    random.setstate(state["random"])
+    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
