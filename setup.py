@@ -10,11 +10,11 @@ EXTRAS = {
     "stats": ["psutil>=6.0", "nvidia-ml-py>=12.0"],
     "torchmetrics": ["torchmetrics>=1.4"],
     "vision": ["torchvision>=0.21"],
-    "wandb": ["wandb>=0.19"],
-    "comet": ["comet-ml>=3.49"],
+    "wandb": ["wandb>=0.31"],
+    "comet": ["comet-ml>=3.58"],
     # Both `neptune` and `neptune-client` 1.14 provide the module `neptune`; two distributions of one module clash.
     "neptune": ["neptune-client>=1.14"],
-    "mlflow": ["mlflow>=2.20"],
+    "mlflow": ["mlflow>=3.17"],
 }
 
 DEV = [
@@ -28,6 +28,10 @@ DEV = [
     "ruff>=0.11",
     *EXTRAS["examples"],
     *EXTRAS["torchmetrics"],
+    *EXTRAS["wandb"],
+    *EXTRAS["comet"],
+    *EXTRAS["neptune"],
+    *EXTRAS["mlflow"],
 ]
 
 setup(

@@ -26,7 +26,7 @@ from .run import Run
 from .saving import Saver
 from .session import Call, Session
 from .settings import Settings
-from .state import restore
+from .state import LOGGERS, restore
 from .steps import Steps, modes_of, restore_modes
 
 
@@ -127,7 +127,9 @@ def _open_directory(s: Session, stack: ExitStack, resumed: resuming.Resumed | No
         directory = make_directory(settings, type(s.plan.model).__name__)
         stack.enter_context(locked(directory))
     run.hparams = mask(_hparams(s.plan.model) | dict(settings.hparams or {}))
-    run.open(directory, loggers.Loggers(loggers.create(settings.logger, directory)))
+    kept = resumed.state.extra.get(LOGGERS, {}) if resumed is not None and resumed.state is not None else {}
+    run.open(directory, loggers.Loggers(loggers.create(settings.logger, directory, kept)))
+    run.loggers.watch(s.plan.model)
     policy = resuming.policy(settings) if s.plan.verb == "fit" else None
     if policy is not None:
         s.saver = Saver(s, policy, directory / CHECKPOINTS)

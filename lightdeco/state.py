@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from time import monotonic
-from typing import Any
+from typing import Any, Final
 
 import numpy
 import torch
@@ -14,6 +14,9 @@ from .checkpoint import State, load_optimizer
 from .errors import CheckpointError, warn
 from .plan import Hook
 from .session import Session
+
+#: The corner of the checkpoint that holds the states of the loggers, such as the id of a vendor's run.
+LOGGERS: Final = "(loggers)"
 
 
 def collect(s: Session, metrics: Mapping[str, Any] | None = None) -> State:
@@ -42,7 +45,7 @@ def collect(s: Session, metrics: Mapping[str, Any] | None = None) -> State:
         random=_random(),
         hparams=run.hparams,
         settings=_settings(s),
-        extra=corners,
+        extra=corners | {LOGGERS: run.loggers.state_dict()},
         versions={"lightdeco": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
     )
 

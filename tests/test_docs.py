@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import importlib.util
 import io
 import re
 import subprocess
@@ -38,19 +39,27 @@ def blocks(markdown: str) -> list[Block]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each ```python block runs, after those before it; a ```text output block is the output (… leaves out)."""
+def test_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each ```python block runs, after those before it; a ```text output block is the output (… leaves out).
+
+    A ```python needs=module block is left out, with its output, where the module is not installed.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_SILENT", "true")
     module = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
-    printed = ""
+    printed, skipped = "", False
     for block in blocks(page.read_text(encoding="utf-8")):
-        if block.info == "python":
+        kind, _, need = block.info.partition(" needs=")
+        if kind == "python":
+            skipped = bool(need) and importlib.util.find_spec(need) is None
+        if kind == "python" and not skipped:
             # Leading newlines make the line numbers of a traceback those of the page.
             code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
             with contextlib.redirect_stdout(io.StringIO()) as output:
                 exec(code, module.__dict__)
             printed = output.getvalue()
-        elif block.info == "text output":
+        elif block.info == "text output" and not skipped:
             wanted = ".*".join(map(re.escape, block.text.strip().split("…")))
             assert re.search(wanted, printed), f"{page.name}:{block.line}: the block before printed {printed!r}"
 
