@@ -1,4 +1,4 @@
-"""Whether memory, open files and threads stay flat: 100,000 steps, 200 fits in one process, 10,000 predicted batches.
+"""Whether memory, open files and threads stay flat: many steps, fits, predicted batches, checkpoints and resumes.
 
     python benchmarks/growth.py --output benchmarks/results/growth.md
 
@@ -113,10 +113,32 @@ def predictions(count: int, folder: str) -> list[Reading]:
     return readings
 
 
+def saves(count: int, folder: str) -> list[Reading]:
+    """A checkpoint at each of many steps."""
+    watch = Watch(count)
+    policy = ld.ModelCheckpoint(every_n_steps=1, save_top_k=2)
+    ld.fit(Net(), (loader(8 * 100), loader(16)), max_steps=count, callbacks=watch, checkpoint=policy, root_dir=folder)
+    return watch.readings
+
+
+def resumes(count: int, folder: str) -> list[Reading]:
+    """One run, resumed many times for one more epoch each."""
+    readings = []
+    for i in range(1, count + 1):
+        quiet: Any = {"summary": False, "progress_bar": False}
+        data = (loader(80), loader(16))
+        ld.fit(Net(), data, max_epochs=i, root_dir=folder, name="run", resume="auto", **quiet)
+        if i in (count // 10, count):
+            readings.append(reading())
+    return readings
+
+
 PARTS: dict[str, tuple[Callable[[int, str], list[Reading]], int]] = {
     "training steps": (steps, 100_000),
     "fits in one process": (fits, 200),
     "predicted batches": (predictions, 10_000),
+    "checkpoints": (saves, 1_000),
+    "resumes of one run": (resumes, 100),
 }
 
 

@@ -2,13 +2,17 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 from torch import nn
 from torch.optim import Optimizer
+from typing_extensions import Self
 
-from . import current, loop, metrics
-from .errors import LightdecoError, nearest
+from . import checkpoint, current, loop, metrics
+from .errors import CheckpointError, LightdecoError, nearest
+
+_SEVERAL: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class LogMixin:
@@ -106,6 +110,39 @@ class HparamsMixin:
 
 class TrainerMixin:
     """The verbs as methods: `net.fit(data, max_epochs=3)` is `ld.fit(net, data, max_epochs=3)`."""
+
+    @classmethod
+    def load_from_checkpoint(cls, path: str | Path, strict: bool = True, **arguments: Any) -> Self:
+        """Make a model with the hyperparameters of a checkpoint, and load its weights into it.
+
+        Args:
+            path: a checkpoint's directory.
+            strict: as in `ld.load_weights`.
+            arguments: arguments of `__init__` that stand before those of the checkpoint. Without
+                `save_hyperparameters()` in the model, the checkpoint has none, and all are given here.
+
+        Raises:
+            CheckpointError: it is not valid, holds hyperparameters that `__init__` does not take, or does not fit.
+        """
+        held = checkpoint.load(Path(path)).hparams
+        parameters = inspect.signature(cls).parameters
+        open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        taken = {name: value for name, value in held.items() if open_ended or name in parameters} | arguments
+        missing = [
+            name
+            for name, p in parameters.items()
+            if p.default is inspect.Parameter.empty and p.kind not in _SEVERAL and name not in taken
+        ]
+        if missing:
+            raise CheckpointError(
+                f"{path} holds no value for {', '.join(missing)} of {cls.__name__}; give it to load_from_checkpoint, and "
+                "call self.save_hyperparameters() in __init__ so that the next checkpoint does"
+            )
+        model = cls(**taken)
+        if not isinstance(model, nn.Module):
+            raise CheckpointError(f"{cls.__name__} is no torch.nn.Module, so it has no weights to load")
+        checkpoint.load_weights(model, path, strict)
+        return model
 
     fit = loop.fit
     validate = loop.validate

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from .callbacks.model_checkpoint import ModelCheckpoint
 from .errors import MarkError, SettingsError
 from .hints import example, missing, warn_of_undecorated
 from .hooks import Hook as Hook
@@ -227,6 +228,8 @@ def _read_callback(callback: object, others: Sequence[tuple[str, object]], made:
             raise SettingsError(f"callbacks holds the {what} itself, whose events are called anyway; remove it{source}")
     if found := read(callback, "callback"):
         return found
+    if isinstance(callback, ModelCheckpoint):
+        raise MarkError(f"callbacks holds a ModelCheckpoint; give it as fit(…, checkpoint=ModelCheckpoint(…)){source}")
     if type(callback).__module__ == "builtins":
         raise MarkError(
             f"the callback {shown(callback)} is a {kind}; give an object with marked methods, or a list of such{source}"
