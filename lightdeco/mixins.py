@@ -135,8 +135,8 @@ class TrainerMixin:
         ]
         if missing:
             raise CheckpointError(
-                f"{path} holds no value for {', '.join(missing)} of {cls.__name__}; give it to load_from_checkpoint, and "
-                "call self.save_hyperparameters() in __init__ so that the next checkpoint does"
+                f"{path} holds no value for {', '.join(missing)} of {cls.__name__}; give it to load_from_checkpoint, "
+                "and call self.save_hyperparameters() in __init__ so that the next checkpoint does"
             )
         model = cls(**taken)
         if not isinstance(model, nn.Module):

@@ -1,30 +1,43 @@
 """Curves of a run's records as a matplotlib figure, without touching pyplot or its backend."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from .curves import (
+    DENSE,
+    Best,
+    Curve,
+    best,
+    curves,
+    deciding,
+    epochs,
+    is_evaluated,
+    not_finite,
+    panels,
+    smoothed,
+    wants_log,
+)
 from .errors import LightdecoError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    Curve = list[tuple[float, float]]
-
-_FIELDS = frozenset({"stage", "epoch", "step", "time"})
-_COLOURS = ("#4C78A8", "#E45756", "#54A24B", "#F58518", "#B279A2", "#72B7B2", "#9D755D", "#EECA3B")
+_COLOURS = ("#4C78A8", "#E45756", "#54A24B", "#F58518", "#B279A2", "#72B7B2", "#9D755D", "#D4A72C")
 _GREY = "#666666"
-_DENSE = 40  # points above which a training curve gets a smoothed line
+_LEGEND = 8  # entries above which a legend has a smaller font and two columns
 
 
 def plot(history: Iterable[Mapping[str, object]], path: str | Path | None = None) -> "Figure":
     """Draw every number of the records over the step, one panel for each kind of metric.
 
-    `train/loss`, `train/loss_epoch` and `val/loss` share the panel "loss", `train/acc` and `val/acc` the panel "acc".
-    Training is a thin line (smoothed when it has many points, the points behind it), epoch means are dashed, what is
-    evaluated has markers; the lowest validation loss is marked.
+    `train/loss`, `train/loss_epoch` and `val/loss` share the panel "loss", `train/acc` and `val/acc` the panel "acc",
+    learning rates the panel "lr". Training is a thin line (smoothed when it has many points, the points behind it),
+    epoch means are dashed, what is evaluated has markers. The lowest loss of each validation has a ring, and a dotted
+    line in every panel marks the step of the lowest `val/loss` (of several loaders: the first). A loss that is positive
+    and spans a factor of a thousand has a logarithmic axis. Values that are not finite are gaps, and counted.
 
     Args:
         history: records as `run.history` holds them: `stage`, `epoch`, `step`, `time`, and metrics by name.
@@ -39,70 +52,63 @@ def plot(history: Iterable[Mapping[str, object]], path: str | Path | None = None
     except ImportError as error:
         raise LightdecoError("plot needs matplotlib; install it with `pip install matplotlib`") from error
 
-    panels = _panels(_curves(history))
-    if not panels:
+    records = list(history)
+    found = curves(records)
+    shown = panels(found)
+    if not shown:
         raise LightdecoError("there is nothing to plot: the records hold no metrics yet")
-    columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
+    recorded = epochs(records)
+    bests = {name: point for name in found if (point := best(name, found[name], recorded)) is not None}
+    marked = bests.get(deciding(found) or "")
+    columns = 2 if len(shown) in (2, 4) else min(3, len(shown))
+    rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(5.2 * columns + 0.6, 3.4 * rows + 0.3), layout="constrained")
     cast(Any, figure.get_layout_engine()).set(w_pad=0.12, h_pad=0.1)
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for ax, (kind, curves) in zip(axes, panels.items(), strict=False):
-        _draw_panel(ax, kind, curves)
-    for ax in axes[len(panels) :]:
+    last = max((points[-1][0] for points in found.values()), default=0)
+    for ax, (kind, members) in zip(axes, shown.items(), strict=False):
+        _style(ax, kind)
+        if marked is not None and any(len(points) > 1 for points in members.values()):
+            ax.axvline(marked.step, color="#999999", linewidth=0.9, linestyle=":")
+        _draw(ax, kind, members, bests)
+        if last > 0 and any(len(points) > 1 for points in members.values()):
+            ax.set_xlim(-0.02 * last, 1.02 * last)  # the same for all panels, so that they can be compared
+    for ax in axes[len(shown) :]:
         ax.remove()
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
 
 
-def _curves(history: Iterable[Mapping[str, object]]) -> "dict[str, Curve]":
-    """The points (step, value) of every metric, in the order of the steps."""
-    curves: dict[str, Curve] = {}
-    for record in history:
-        step = record.get("step", 0)
-        for name, value in record.items():
-            if name not in _FIELDS and isinstance(value, int | float) and isinstance(step, int | float):
-                curves.setdefault(name, []).append((step, float(value)))
-    return {name: sorted(points, key=lambda point: point[0]) for name, points in curves.items()}
-
-
-def _panels(curves: "dict[str, Curve]") -> "dict[str, dict[str, Curve]]":
-    """The curves by kind: the last part of the name without `_epoch`; the loss comes first, single ones last."""
-    panels: dict[str, dict[str, Curve]] = {}
-    for name, points in curves.items():
-        kind = name.rpartition("/")[2].removesuffix("_epoch")
-        panels.setdefault(kind, {})[name] = points
-    return dict(sorted(panels.items(), key=lambda panel: (panel[0] != "loss", len(panel[1]) == 1)))
-
-
-def _draw_panel(ax: "Axes", kind: str, curves: "dict[str, Curve]") -> None:
-    _style(ax, kind)
+def _draw(ax: "Axes", kind: str, members: Mapping[str, Curve], bests: Mapping[str, Best]) -> None:
     colours: dict[str, str] = {}
-    # What is evaluated lies on top.
-    for name in sorted(curves, key=_is_evaluated):
+    for name, points in members.items():
         colour = colours.setdefault(name.removesuffix("_epoch"), _COLOURS[len(colours) % len(_COLOURS)])
-        steps, values = zip(*curves[name], strict=True)
-        if _is_evaluated(name):
-            ax.plot(steps, values, color=colour, linewidth=1.6, marker="o", markersize=4, label=name)
+        steps, values = [step for step, _ in points], [value for _, value in points]
+        note = not_finite(points)
+        label = f"{_escaped(name)} ({note})" if note else _escaped(name)
+        if is_evaluated(name):
+            ax.plot(steps, values, color=colour, linewidth=1.6, marker="o", markersize=_size(points), label=label)
         elif name.endswith("_epoch"):
-            ax.plot(steps, values, color=colour, linewidth=1.2, linestyle="--", marker=".", label=name)
-        elif len(steps) > _DENSE:
+            ax.plot(steps, values, color=colour, linewidth=1.2, linestyle="--", marker=".", label=label)
+        elif len(steps) > DENSE:
             ax.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
-            ax.plot(steps, _smoothed(values), color=colour, linewidth=1.3, label=name)
+            ax.plot(steps, smoothed(values), color=colour, linewidth=1.3, label=label)
         else:
-            ax.plot(steps, values, color=colour, linewidth=1.0, marker=".", markersize=2.5, label=name)
+            ax.plot(steps, values, color=colour, linewidth=1.0, marker=".", markersize=4, label=label)
     if kind == "loss":
-        _mark_best(ax, curves)
-    if list(curves) != [kind]:
-        ax.legend(frameon=False, fontsize=8, labelcolor=_GREY)
+        _ring(ax, members, bests)
+        if wants_log(members.values()):
+            ax.set_yscale("log")
+    if list(members) != [kind] or any(not_finite(points) for points in members.values()):
+        _legend(ax)
 
 
 def _style(ax: "Axes", kind: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    ax.set_title(kind, fontsize=11, fontweight="bold", loc="left", color="#333333")
+    ax.set_title(_escaped(kind), fontsize=11, fontweight="bold", loc="left", color="#333333")
     ax.set_xlabel("step", fontsize=9, color=_GREY)
     ax.grid(color="#E6E6E6", linewidth=0.8)
     ax.set_axisbelow(True)
@@ -112,28 +118,40 @@ def _style(ax: "Axes", kind: str) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
 
 
-def _mark_best(ax: "Axes", curves: "dict[str, Curve]") -> None:
-    """A ring and the value at the lowest finite point of the validation losses."""
-    points = [point for name in curves if name.startswith("val/") for point in curves[name] if math.isfinite(point[1])]
-    if not points:
-        return
-    step, value = min(points, key=lambda point: (point[1], point[0]))
+def _ring(ax: "Axes", members: Mapping[str, Curve], bests: Mapping[str, Best]) -> None:
+    """A ring and the value at the lowest finite point of each validation loss."""
+    names = [name for name in members if name.startswith("val/") and name in bests]
     style: dict[str, Any] = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "markeredgecolor": "#333333"}
-    ax.plot([step], [value], linestyle="none", label=f"best: {value:.4g} at step {step:g}", **style)
+    for name in names:
+        step, value, epoch = bests[name]
+        place = f"at step {step:g}" + (f", epoch {epoch}" if epoch is not None else "")
+        # Of several loaders the part between "val/" and "/loss" says which.
+        which = "" if len(names) == 1 else f" {_escaped(name.removeprefix('val/').rpartition('/')[0])}"
+        ax.plot([step], [value], linestyle="none", label=f"best{which}: {value:.4g} {place}", **style)
 
 
-def _is_evaluated(name: str) -> bool:
-    return name.startswith(("val/", "test/"))
+def _legend(ax: "Axes") -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    many = len(labels) > _LEGEND
+    short = [label if len(label) <= 48 else f"{label[:23]}…{label[-24:]}" for label in labels]
+    ax.legend(
+        handles,
+        short,
+        fontsize=6 if many else 8,
+        ncols=2 if many else 1,
+        labelcolor=_GREY,
+        facecolor="white",
+        edgecolor="none",
+        framealpha=0.75,
+    )
 
 
-def _smoothed(values: Sequence[float]) -> list[float]:
-    """The mean around each point over a twentieth of the curve, narrower at its ends; a gap where there is NaN.
+def _size(points: Curve) -> float:
+    """The size of markers: many of them would hide the line."""
+    return 4.0 if len(points) <= DENSE else 2.0
 
-    Symmetric, so that a smoothed curve does not lag behind: a straight line (a learning rate, say) stays as it is.
-    """
-    widest = max(1, len(values) // 40)
-    result = []
-    for i in range(len(values)):
-        half = min(widest, i, len(values) - 1 - i)
-        result.append(sum(values[i - half : i + half + 1]) / (2 * half + 1))
-    return result
+
+def _escaped(text: str) -> str:
+    """A name as matplotlib shows it as it is: no formulas, and no leading underscore, which would hide it."""
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
