@@ -123,15 +123,15 @@ def clock(seconds: float) -> str:
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
 
 
-def speed(rate: float) -> str:
+def speed(rate: float, unit: str = "it/s", inverse: str = "s/it") -> str:
     """Batches per second, or seconds per batch when that is more than one.
 
     >>> speed(1234.5), speed(12.34), speed(0.25)
     ('1,234 it/s', '12.3 it/s', '4 s/it')
     """
     if rate >= 1:
-        return f"{rate:,.0f} it/s" if rate >= 100 else f"{rate:.3g} it/s"
-    return f"{1 / rate:,.3g} s/it"
+        return f"{rate:,.0f} {unit}" if rate >= 100 else f"{rate:.3g} {unit}"
+    return f"{1 / rate:,.3g} {inverse}" if rate else f"0 {unit}"
 
 
 def _cells(bar: Bar, title: int) -> dict[str, str]:
