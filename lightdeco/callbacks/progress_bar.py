@@ -94,7 +94,8 @@ class ProgressBar:
     def _epoch_end(self, run: "Run") -> None:
         if self._display is not None and self._epoch_started is not None:
             seconds, steps = perf_counter() - self._epoch_started, run.global_step - self._epoch_first_step
-            facts = [_epoch(run), f"step {run.global_step:,}", _duration(seconds), speed(steps / seconds, "steps/s", "s/step")]
+            rate = speed(steps / seconds, "steps/s", "s/step")
+            facts = [_epoch(run), f"step {run.global_step:,}", _duration(seconds), rate]
             self._display.epoch_line("  ".join([*facts, *_facts(_shown_values(run))]))
 
     @on_fit_end
