@@ -5,7 +5,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 import torch
 
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_PRECISION = {"32-true": "no", "bf16-mixed": "bf16"}
+_PRECISION = {"32-true": "no", "bf16-mixed": "bf16", "bf16-true": "no", "64-true": "no"}
+
+#: The dtype of weights and inputs where it is not the model's own.
+TRUE: Final = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
 
 
 def make_accelerator(settings: Settings, configured: dict[str, Any]) -> "Accelerator":
@@ -112,7 +115,9 @@ class Process:
 
 @contextmanager
 def torch_flags(settings: Settings) -> Iterator[None]:
-    """`benchmark`, `deterministic` and `detect_anomaly` during a run."""
+    """`benchmark`, `deterministic`, `detect_anomaly` and the dtype of `precision` during a run."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(TRUE.get(settings.precision, dtype))  # for what steps and layers make
     benchmark = torch.backends.cudnn.benchmark
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if settings.benchmark is not None:
@@ -125,6 +130,7 @@ def torch_flags(settings: Settings) -> Iterator[None]:
         with torch.autograd.set_detect_anomaly(settings.detect_anomaly or torch.is_anomaly_enabled()):
             yield
     finally:
+        torch.set_default_dtype(dtype)
         torch.backends.cudnn.benchmark = benchmark
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
 

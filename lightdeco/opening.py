@@ -86,6 +86,8 @@ def _set_up(s: Session, writes: bool, stack: ExitStack, resumed: resuming.Resume
     if resumed is not None:
         resuming.load_first(s, resumed)
 
+    if settings.precision in launch.TRUE:
+        model.to(launch.TRUE[settings.precision])
     configured = call.get("configure_accelerator", _nothing)()
     arguments = launch.accelerator_arguments(s.plan.one("configure_accelerator"), configured)
     accelerator = run.accelerator = launch.make_accelerator(settings, arguments)
@@ -98,8 +100,9 @@ def _set_up(s: Session, writes: bool, stack: ExitStack, resumed: resuming.Resume
     # Where nothing wraps the steps, training calls its own without the way round.
     s.wrapped = s.plan.direct("training_step", run) if bare else wrapped
     s.reseed = seeds.reseeder(run.device)
-    if run.device.type != "cpu" or any(s.plan.all(role) for role in TRANSFER):
-        s.transfer = s.plan.transfer(run, run.progress.calls, _move)
+    dtype = launch.TRUE.get(settings.precision)
+    if dtype is not None or run.device.type != "cpu" or any(s.plan.all(role) for role in TRANSFER):
+        s.transfer = s.plan.transfer(run, run.progress.calls, partial(_move, dtype))
 
     for stage in _stages(s):
         load(s, stage)
@@ -186,8 +189,8 @@ def close_loaders(s: Session) -> None:
             loader.close()
 
 
-def _move(batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-    return to_device(batch, device, non_blocking=True)
+def _move(dtype: torch.dtype | None, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    return to_device(batch, device, non_blocking=True, dtype=dtype)
 
 
 # ---- optimisation ----------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -147,39 +147,47 @@ def batch_size_of(batch: Any) -> int | None:
     return None
 
 
-def to_device(batch: Any, device: torch.device | str, non_blocking: bool = False) -> Any:
+def to_device(
+    batch: Any, device: torch.device | str, non_blocking: bool = False, dtype: torch.dtype | None = None
+) -> Any:
     """The batch with its tensors on `device`, in the same structure; what holds no tensor is left as it is.
 
-    Looks into lists, tuples, mappings and dataclasses; other objects are moved by their own `to(device)`, if any.
+    Looks into lists, tuples, mappings and dataclasses; other objects are moved by their own `to(device)`, if any. With
+    `dtype`, tensors of floating numbers get it.
 
     >>> to_device((torch.zeros(1), "name"), "cpu")
     (tensor([0.]), 'name')
     """
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=non_blocking)
-    kind = type(batch)
-    if kind is tuple or kind is list:
-        return kind([to_device(part, device, non_blocking) for part in batch])
-    if kind is dict:
-        return {key: to_device(part, device, non_blocking) for key, part in batch.items()}
-    if not isinstance(batch, type) and callable(getattr(batch, "to", None)):
-        moved = batch.to(device)
-        return batch if moved is None else moved
-    return _rebuilt(batch, device, non_blocking)
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            wanted = dtype if value.is_floating_point() else None
+            return value.to(device=device, dtype=wanted, non_blocking=non_blocking)
+        kind = type(value)
+        if kind is tuple or kind is list:
+            return kind([move(part) for part in value])
+        if kind is dict:
+            return {key: move(part) for key, part in value.items()}
+        if not isinstance(value, type) and callable(getattr(value, "to", None)):
+            moved = value.to(device)
+            return value if moved is None else moved
+        return _rebuilt(value, move)
+
+    return move(batch)
 
 
-def _rebuilt(batch: Any, device: torch.device | str, non_blocking: bool) -> Any:
+def _rebuilt(batch: Any, move: Callable[[Any], Any]) -> Any:
     """Move what is in a subclass of list or tuple, in another mapping, or in a dataclass."""
     copied: Any
     make: Any = getattr(batch, "_make", type(batch))  # a named tuple's own __new__ may take other arguments
     if isinstance(batch, tuple):
-        return make([to_device(part, device, non_blocking) for part in batch])
+        return make([move(part) for part in batch])
     if isinstance(batch, list):
         copied = copy.copy(batch)
-        copied[:] = [to_device(part, device, non_blocking) for part in batch]
+        copied[:] = [move(part) for part in batch]
         return copied
     if isinstance(batch, Mapping):
-        items = {key: to_device(part, device, non_blocking) for key, part in batch.items()}
+        items = {key: move(part) for key, part in batch.items()}
         if not isinstance(batch, MutableMapping):
             return make(items)
         copied = copy.copy(batch)
@@ -188,7 +196,6 @@ def _rebuilt(batch: Any, device: torch.device | str, non_blocking: bool) -> Any:
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         copied = copy.copy(batch)
         for field in dataclasses.fields(batch):
-            moved = to_device(getattr(batch, field.name), device, non_blocking)
-            object.__setattr__(copied, field.name, moved)  # frozen ones too
+            object.__setattr__(copied, field.name, move(getattr(batch, field.name)))  # frozen ones too
         return copied
     return batch
