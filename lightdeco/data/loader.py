@@ -6,14 +6,16 @@ from itertools import count, islice
 from types import GeneratorType
 from typing import Any, Protocol
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightdeco import seeds
 
 from .combined import CombinedLoader, rounds
 from .rebuilt import Batches, IndexedSource, StreamedSource, end_workers, is_stream, prepared, rebuildable, release
+from .sharing import Share
 
 _PART = 7
+_ALL = Share()
 
 
 class _Source(Protocol):
@@ -51,13 +53,17 @@ class Loader:
     ([20, 30], 3)
     """
 
-    def __init__(self, loader: Any, seed: int, name: str | None = None) -> None:
+    def __init__(self, loader: Any, seed: int, name: str | None = None, share: Share = _ALL) -> None:
         self.name = name
-        self.length = _length(loader)
+        share = _ALL if _shares_itself(loader) else share
+        length = _length(loader)
+        self.length = None if length is None else share.length(length)
         self.one_shot = _one_shot(loader)
         self.several = isinstance(loader, CombinedLoader) and loader.mode == "sequential"
         self._seed = seed
-        self._source = _source(loader)
+        self._source = _source(loader, share)
+        # An indexed source reads its own part alone; of other sources all is read, and the rest is dropped.
+        self._share = _ALL if isinstance(self._source, IndexedSource) else share
         self.exact = self._source.exact
         self.stream_workers: int | None = getattr(self._source, "workers", None)
 
@@ -71,7 +77,14 @@ class Loader:
 
         Errors of the user's code pass through unchanged.
         """
-        return self._source.batches(self._seed, epoch, start)
+        if self._share.size == 1:
+            return self._source.batches(self._seed, epoch, start)
+        return self._own(epoch, start)
+
+    def _own(self, epoch: int, start: int) -> Batches:
+        with closing(self._source.batches(self._seed, epoch, 0)) as batches:
+            for _, batch in islice(self._share.own(batches), start, None):
+                yield batch
 
     def close(self) -> None:
         """End the workers that persist over epochs; a later `batches` starts them again."""
@@ -96,14 +109,23 @@ def _one_shot(loader: Any) -> bool:
     return isinstance(loader, Iterator)
 
 
-def _source(loader: Any) -> _Source:
+def _shares_itself(loader: Any) -> bool:
+    """Whether the user's sampler gives each process its own part."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    return any(
+        isinstance(each, DistributedSampler)
+        for each in (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    )
+
+
+def _source(loader: Any, share: Share = _ALL) -> _Source:
     if isinstance(loader, CombinedLoader):
         return _Combined(loader)
     if type(loader) in (list, tuple):
         return _Listed(loader)
     if not rebuildable(loader):
         return _Opaque(loader)
-    return StreamedSource(loader) if is_stream(loader) else IndexedSource(loader)
+    return StreamedSource(loader) if is_stream(loader) else IndexedSource(loader, share)
 
 
 class _Listed:

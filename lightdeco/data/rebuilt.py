@@ -37,6 +37,7 @@ from torch.utils.data import (
 from lightdeco import seeds
 
 from .fetch import Fetch, SeededDataset, SeededStream, WorkerInit
+from .sharing import Share
 
 Batches = Generator[Any, None, None]
 _SAMPLER = 6
@@ -61,8 +62,8 @@ def is_stream(loader: Any) -> bool:
 class _Order:
     """The user's (batch) sampler, each index with the seed under which its batch is to be read."""
 
-    def __init__(self, loader: Any) -> None:
-        self._sampler = loader._index_sampler
+    def __init__(self, loader: Any, share: Share) -> None:
+        self._sampler, self._share = loader._index_sampler, share
         self._generator = loader.generator
         self._draws_once = _draws_once(self._sampler)
         self.place: tuple[int, int, int] = (0, 0, 0)
@@ -72,6 +73,13 @@ class _Order:
         return self.fetches(*self.place)
 
     def fetches(self, seed: int, epoch: int, start: int) -> Iterator[Fetch]:
+        """What this process reads of an epoch, from its batch `start` on."""
+        indices = self._indices(seed, epoch)
+        numbered = enumerate(indices) if self._share.size == 1 else self._share.own(indices)
+        for place, index in islice(numbered, start, None):
+            yield Fetch(seeds.data_seed(seed, epoch, place), index)
+
+    def _indices(self, seed: int, epoch: int) -> Iterator[Any]:
         seeds.seed_all(seeds.order_seed(seed, epoch))
         indices = iter(self._sampler)
         # The base seed that a DataLoader draws here, so that the sampler finds the same state in a hand-written loop.
@@ -80,11 +88,9 @@ class _Order:
             if k and not self._draws_once:
                 seeds.seed_all(seeds._mix(_SAMPLER, seed, epoch, k))
             try:
-                index = next(indices)
+                yield next(indices)
             except StopIteration:
                 return
-            if k >= start:
-                yield Fetch(seeds.data_seed(seed, epoch, k), index)
 
 
 def _draws_once(sampler: Any) -> bool:
@@ -108,9 +114,9 @@ class IndexedSource:
     exact = True
     dataloader_idx = 0
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: Any, share: Share = Share()) -> None:  # noqa: B008 (immutable)
         self._loader = loader
-        self._order = _Order(loader)
+        self._order = _Order(loader, share)
         sampler = "sampler" if loader.batch_sampler is None else "batch_sampler"
         dataset = SeededDataset(loader.dataset, seeded=not _only_tensors(loader))
         self._clone = _clone(loader, dataset, **{sampler: self._order})

@@ -28,6 +28,7 @@ from torch.utils.data import (
 from lightdeco import seeds
 from lightdeco.data.combined import CombinedLoader
 from lightdeco.data.loader import Loader
+from lightdeco.data.sharing import Share
 from lightdeco.errors import DataError
 
 SEED, SIZE = 7, 10
@@ -704,3 +705,64 @@ def test_sequential_sampler_needs_no_seed() -> None:
     """An unshuffled loader keeps the order of its dataset in every epoch."""
     loader = make(range(SIZE), sampler=SequentialSampler(range(SIZE)), collate_fn=None)
     assert epochs(loader) == [[[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]] * 3
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def shared(given: Any, size: int, filled: bool, **options: Any) -> list[Any]:
+    """What each of `size` processes reads of epoch 1."""
+    shares = [Share(rank, size, filled) for rank in range(size)]
+    return [list(Loader(given(), SEED, share=share).batches(1, **options)) for share in shares]
+
+
+GIVEN: dict[str, Any] = {
+    "indexed": lambda: make(Augmented(10), batch_size=3, shuffle=True),
+    "list": lambda: [[i] for i in range(4)],
+    "iterable": lambda: Batches(),
+    "stream": lambda: make(Stream(), batch_size=3),
+    "combined": lambda: CombinedLoader([make(Augmented(10), batch_size=3), [1, 2, 3, 4]], mode="min_size"),
+}
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+@pytest.mark.parametrize("size", [2, 3])
+def test_batch_k_of_rank_r_is_batch_k_times_size_plus_r(kind: str, size: int) -> None:
+    """Random augmentation included; evaluation reads each batch once, training fills the last round."""
+    whole = list(Loader(GIVEN[kind](), SEED).batches(1))
+    parts = shared(GIVEN[kind], size, filled=False)
+    assert [parts[k % size][k // size] for k in range(len(whole))] == whole
+    assert sum(map(len, parts)) == len(whole)
+    filled = shared(GIVEN[kind], size, filled=True)
+    assert len({len(part) for part in filled}) == 1
+    assert [part[: len(own)] for part, own in zip(filled, parts, strict=True)] == parts
+
+
+def test_filled_batches_come_from_the_beginning_of_the_epoch() -> None:
+    """Also where there are fewer batches than processes."""
+    assert shared(lambda: ["a", "b", "c"], 2, filled=True) == [["a", "c"], ["b", "a"]]
+    assert shared(lambda: ["a", "b"], 5, filled=True) == [["a"], ["b"], ["a"], ["b"], ["a"]]
+    assert shared(list, 2, filled=True) == [[], []]
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+def test_a_part_starts_anywhere(kind: str) -> None:
+    """The same batches from the second on."""
+    parts = shared(GIVEN[kind], 2, filled=True)
+    assert shared(GIVEN[kind], 2, filled=True, start=1) == [part[1:] for part in parts]
+
+
+def test_lengths_are_those_of_the_part() -> None:
+    """Known without reading; a DistributedSampler of the user is left alone."""
+    assert [Loader([0] * 5, 0, share=Share(r, 2, True)).length for r in (0, 1)] == [3, 3]
+    assert [Loader([0] * 5, 0, share=Share(r, 2)).length for r in (0, 1)] == [3, 2]
+    own = DistributedSampler(Augmented(10), num_replicas=2, rank=0, shuffle=False)
+    loader = Loader(make(Augmented(10), sampler=own, batch_size=5), 0, share=Share(0, 2, True))
+    assert (loader.length, len(list(loader.batches(0)))) == (1, 1)
+
+
+def test_a_process_reads_only_its_own_samples() -> None:
+    """Of a map-style dataset."""
+    dataset = Augmented(10)
+    list(Loader(make(dataset, batch_size=2), SEED, share=Share(1, 2)).batches(0))
+    assert dataset.reads == 4
