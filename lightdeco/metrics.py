@@ -19,6 +19,11 @@ from .steps import is_metric, is_scalar
 
 Reduce = Literal["mean", "sum", "min", "max", "last"]
 
+Scope = Literal["window", "epoch"]
+
+#: How it is reduced, the total, and its weight.
+Total = tuple[str, float, float]
+
 _CAPACITY: Final = 64  # values in one buffer
 
 _item: Final = Tensor.item  # looked up once: it is on the way of every step
@@ -116,12 +121,10 @@ class Series:
             total = reduce(fold, amounts) if old is None else reduce(fold, amounts, old)
             self._totals[scope] = total, reduce(add, weights, weight)
 
-    def take(self, scope: Literal["window", "epoch"]) -> float | None:
-        """The value since the last take of this scope, and begin anew; None without values."""
+    def take(self, scope: Scope) -> Total | None:
+        """How it is reduced, the total since the last take of this scope and its weight; begin anew."""
         total = self._totals.pop(scope, None)
-        if total is None or self.reduce != "mean":
-            return None if total is None else total[0]
-        return total[0] / total[1] if total[1] else math.nan
+        return None if total is None else (self.reduce, *total)
 
     def state_dict(self) -> dict[str, Any]:
         """How it is reduced, and the totals of what was read."""
@@ -138,11 +141,30 @@ class Series:
         return bad
 
 
-class Means:
-    """All metrics of one stage, by name; `watch` names the one that `first_bad` can be asked about."""
+def _value(how: str, total: float, weight: float) -> float:
+    if how != "mean":
+        return total
+    return total / weight if weight else math.nan
 
-    def __init__(self, device: torch.device, watch: str | None = None, elsewhere: "Means | None" = None) -> None:
-        self._device, self._watch = device, watch
+
+#: From the totals of this process by name to those of all processes.
+Gather = Callable[[dict[str, Total]], list[dict[str, Total]]]
+
+
+class Means:
+    """All metrics of one stage, by name; `watch` names the one that `first_bad` can be asked about.
+
+    `gather` gives the totals of all processes of the run; the means are then those of all samples, on each of them.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        watch: str | None = None,
+        elsewhere: "Means | None" = None,
+        gather: Gather = lambda totals: [totals],
+    ) -> None:
+        self._device, self._watch, self._gather = device, watch, gather
         self.series: dict[str, Series] = {}
         if watch is not None:
             self.series[watch] = Series(device, "mean", True, True, watched=True)
@@ -188,8 +210,16 @@ class Means:
     def window(self) -> dict[str, float]:
         """The means since the last call, of what is recorded by step. Waits for the device once."""
         self.settle()
-        found = {name: s.take("window") for name, s in self.series.items() if s.on_step}
-        return {name: value for name, value in found.items() if value is not None}
+        return self._merged({name: s.take("window") for name, s in self.series.items() if s.on_step})
+
+    def _merged(self, taken: Mapping[str, Total | None]) -> dict[str, float]:
+        """The values of what was taken on all processes, by name; a name may be there on some of them only."""
+        everywhere = self._gather({name: total for name, total in taken.items() if total is not None})
+        merged: dict[str, Total] = {}
+        for name, (how, total, weight) in (item for totals in everywhere for item in totals.items()):
+            old = merged.get(name)
+            merged[name] = (how, total, weight) if old is None else (how, _FOLD[how](old[1], total), old[2] + weight)
+        return {name: _value(*total) for name, total in merged.items()}
 
     def epoch(self, suffix: str = "") -> dict[str, float]:
         """The means since the last call, of what is recorded by epoch; torchmetrics objects are computed and reset.
@@ -197,8 +227,8 @@ class Means:
         Names of what is also recorded by step get the suffix. Waits for the device.
         """
         self.settle()
-        found = {n + suffix if s.on_step else n: s.take("epoch") for n, s in self.series.items() if s.on_epoch}
-        values = {name: value for name, value in found.items() if value is not None}
+        taken = {n + suffix if s.on_step else n: s.take("epoch") for n, s in self.series.items() if s.on_epoch}
+        values = self._merged(taken)
         for name, metric in self.metrics.items():
             values[name] = computed(name, metric)
             metric.reset()

@@ -203,6 +203,27 @@ def test_when_values_are_read_changes_no_bit() -> None:
     assert seldom.window() == often.window()
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_means_of_several_processes_are_those_of_all_samples(size: int) -> None:
+    """Whatever the number of samples of each; names that only some have do not mix with others."""
+    values = [0.1 * i for i in range(21)]
+    alone = Means(CPU)
+    for value in values:
+        alone.add("x", value, 1)
+        alone.add("most", value, 1, "max")
+    totals: list[Any] = []
+    for rank in range(size):
+        part = Means(CPU, gather=lambda own: totals.append(own) or [own])  # type: ignore[func-returns-value]
+        for value in values[rank::size]:
+            part.add("x", value, 1)
+            part.add("most", value, 1, "max")
+        if rank == 1:
+            part.add("only here", 5.0, 2)
+        part.epoch()
+    merged = Means(CPU, gather=lambda own: totals).epoch()
+    assert merged == {**alone.epoch(), "only here": 5.0} | {"x": pytest.approx(1.0, abs=1e-12)}
+
+
 @pytest.mark.gpu
 def test_logging_does_not_wait_for_a_device() -> None:
     """Torch raises at every synchronisation; values and weights from both sides, across folds."""
