@@ -50,12 +50,13 @@ def _one(path: Path) -> tuple[str, bool]:
             lines.append(f"  {label}: {facts[key]}")
     versions = {"lightdeco": facts.get("lightdeco"), "torch": facts.get("torch"), **state.versions}
     lines.append("  versions: " + ", ".join(f"{name} {value}" for name, value in versions.items()))
-    for name, values in (("metrics", state.metrics), ("hparams", state.hparams)):
+    latest = state.metrics.get("latest", state.metrics)  # beside them: what the epoch has counted so far
+    for name, values in (("metrics", latest), ("hparams", state.hparams)):
         if values:
             lines.append(f"  {name}: " + _shortened([f"{key} = {_number(value)}" for key, value in values.items()]))
     for name in ("optimizers", "schedulers", "callbacks", "extra"):
-        if keys := list(getattr(state, name)):
-            lines.append(f"  {name}: " + _shortened([str(key) for key in keys]))
+        if keys := [str(key) or "1" for key in getattr(state, name) if not str(key).startswith("(")]:
+            lines.append(f"  {name}: " + _shortened(keys))
     for file in FILES:
         lines += _file(path / file)
     return "\n".join(lines), True
