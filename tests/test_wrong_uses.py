@@ -789,7 +789,7 @@ ATTACH_ROWS = [
     attach("none", Net, {"training_step": None}, "training_step=None cannot be called"),
     attach("text", Net, {"training_step": "step"}, "training_step='step' cannot be called"),
     attach("class", Net, {"training_step": Net}, "is a class; give a function of the object"),
-    attach("list", Net, {"training_step": [Net.step]}, "training_step takes one function, not list"),
+    attach("list", Net, {"validation_step": [Net.step]}, "validation_step takes one function, not list"),
     attach("list-of-numbers", Net, {"on_fit_start": [Net.step, 3]}, "on_fit_start=3 cannot be called"),
     attach("slots", object, {"training_step": Net.step}, "cannot write on a object"),
     attach("number", lambda: 3, {"training_step": Net.step}, "cannot write on a int"),
