@@ -445,7 +445,7 @@ def test_manual_lbfgs() -> None:
                 optimizer.zero_grad()
                 loss = self.loss(batch)
                 ld.backward(loss)
-                return float(loss)
+                return float(loss.detach())
 
             return torch.tensor(optimizer.step(closure))
 
