@@ -15,13 +15,15 @@
             for each batch:
                 on_before_batch_transfer; transfer_batch_to_device; on_after_batch_transfer
                 on_train_batch_start                       (may return SKIP_EPOCH)
-                at the start of a window:
-                    on_before_zero_grad; optimizer_zero_grad
-                training_step                              (torch seeded by `seeds.step_seed`)
-                on_before_backward; backward; on_after_backward
-                at the end of a window:
-                    on_before_optimizer_step; clip_gradients; optimizer_step
-                    lr_scheduler_step                      (schedulers by step)
+                split_batch
+                for each training step that is due, for each part of the batch:    (most runs: one step, one part)
+                    at the start of a window:
+                        on_before_zero_grad; optimizer_zero_grad
+                    training_step                          (torch seeded by `seeds.step_seed` before the first)
+                    on_before_backward; backward; on_after_backward
+                    at the end of a window:
+                        on_before_optimizer_step; clip_gradients; optimizer_step
+                        lr_scheduler_step                  (schedulers by step)
                 on_train_batch_end                         (global_step counts this batch)
                 [record, every log_every_n_steps]
                 [evaluate, every val_check_interval]
