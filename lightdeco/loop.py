@@ -213,7 +213,8 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
     run, progress, settings = s.run, s.run.progress, s.settings
     branch, parted, (loader,) = s.branches[0], s.parted, s.loaders["train"]
     # Looked up once: between two steps the caches are cold, and a look-up costs as much as a small kernel.
-    optimizer, where = None if parted else branch.optimizer, branch.hook.where
+    optimizer: Any = None if parted else branch.optimizer
+    where = branch.hook.where
     reseed, transfer, step, zero_grad, backward = s.reseed, s.transfer, branch.step, branch.zero_grad, branch.backward
     on_start, on_before_zero, on_before, on_after, on_end = (s.heard(name) for name in _TRAIN_BATCH)
     plain, log_every, losses = s.plain_update, settings.log_every_n_steps, run.means.series[f"{branch.prefix}loss"]
@@ -258,7 +259,7 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
                 if scalars or metrics:
                     log_result(run, "train/", scalars, metrics, weight)
                 updated = size == 1
-                if plain and updated and optimizer:
+                if plain and updated:
                     optimizer.step()
                     progress.global_step += 1
                 elif updated or window.complete(last):

@@ -6,21 +6,27 @@ steps with an optimizer each, `every`, `manual`, and batches cut by `split_batch
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .branch import Branch, Toggle
 from .errors import StepError
-from .optim import Closure, finite_gradients, monitored
+from .optim import Closure, Optim, finite_gradients, monitored
 from .run import Run
 from .seeds import repeater
 from .session import Session
 from .steps import read_result
 
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
 #: (batch, batch_idx, dataloader_idx, carry)
 Inputs = tuple[Any, int, int, Any]
+
+#: What a step returned, the loss of an update that is due now, and what repeats the randomness of the step.
+Trained = tuple[Any, Tensor | None, Callable[[], object]]
 
 
 def log_result(
@@ -60,7 +66,9 @@ def update(s: Session, branch: Branch, loss: Tensor, inputs: Inputs | None, agai
         window.begin()
     s.count_step()
     updates = progress.updates[branch.name] = progress.updates.get(branch.name, 0) + 1
-    _step_scheduler(s, branch, "step", updates)
+    optim = branch.optim
+    if _due(optim, "step", updates):
+        call["lr_scheduler_step"](optim.scheduler, monitored(optim, s.run.metrics, f"{branch.prefix}loss"))
     return True
 
 
@@ -81,14 +89,16 @@ def _evaluate_again(s: Session, branch: Branch, inputs: Inputs | None, again: Ca
 def step_schedulers(s: Session) -> None:
     """Step the schedulers by epoch, at the end of one; a manual step has stepped its own."""
     for branch in s.branches:
-        _step_scheduler(s, branch, "epoch", s.run.epoch + 1)
+        optim = branch.optim
+        if _due(optim, "epoch", s.run.epoch + 1):
+            s.call["lr_scheduler_step"](optim.scheduler, monitored(optim, s.run.metrics, f"{branch.prefix}loss"))
 
 
-def _step_scheduler(s: Session, branch: Branch, interval: str, count: int) -> None:
-    optim = branch.optim
-    if optim is not None and optim.scheduler is not None and optim.interval == interval and count % optim.every == 0:
-        metric = monitored(optim, s.run.metrics, f"{branch.prefix}loss")
-        s.call["lr_scheduler_step"](optim.scheduler, metric)
+def _due(optim: Optim | None, interval: str, count: int) -> "TypeGuard[Optim]":
+    """Whether a scheduler steps now, at the `count`-th update or epoch."""
+    if optim is None or optim.scheduler is None:
+        return False
+    return optim.interval == interval and count % optim.every == 0
 
 
 # ---- a batch ---------------------------------------------------------------------------------------------------------
@@ -118,7 +128,10 @@ def train_batch(s: Session, batch: Any, batch_idx: int, dataloader_idx: int, las
         with Toggle(branch.others):
             for part in parts:
                 run.batch = part
-                result = train(s, branch, (part, batch_idx, dataloader_idx, carry), last, fresh)
+                inputs = (part, batch_idx, dataloader_idx, carry)
+                result, loss, again = train(s, branch, inputs, last, fresh)
+                if loss is not None:
+                    update(s, branch, loss, inputs, again)
                 fresh = None
                 carry = detached(result.get("carry")) if isinstance(result, Mapping) else None
                 results.append(result)
@@ -127,7 +140,7 @@ def train_batch(s: Session, batch: Any, batch_idx: int, dataloader_idx: int, las
     return outputs if len(s.branches) > 1 else outputs.get(s.branches[0].name), run.global_step > before
 
 
-def _train_part(s: Session, branch: Branch, inputs: Inputs, last: bool, seed: int | None) -> Any:
+def _train_part(s: Session, branch: Branch, inputs: Inputs, last: bool, seed: int | None) -> Trained:
     """One automatic step; `seed` is None where the random numbers of the batch go on."""
     call, run, window, optimizer = s.call, s.run, branch.window, branch.optimizer
     if window.count == 0:
@@ -144,16 +157,17 @@ def _train_part(s: Session, branch: Branch, inputs: Inputs, last: bool, seed: in
     scaled = loss if window.size == 1 else window.scale(loss, weight, last)
     branch.loss = scaled.detach()
     call["on_before_backward"](scaled, optimizer)
-    branch.backward(scaled)
+    if "backward" in call:  # and not `branch.backward`, which lies around it: one frame less above the user's code
+        call["backward"](scaled, optimizer)
+    else:
+        branch.backward(scaled)
     call["on_after_backward"](optimizer)
     _add_loss(s, branch, loss, weight, inputs[1])
     log_result(run, branch.prefix, scalars, metrics, weight)
-    if window.size == 1 or window.complete(last):
-        update(s, branch, scaled, inputs, again)
-    return outputs
+    return outputs, scaled if window.size == 1 or window.complete(last) else None, again
 
 
-def _train_manually(s: Session, branch: Branch, inputs: Inputs, last: bool, seed: int | None) -> Any:
+def _train_manually(s: Session, branch: Branch, inputs: Inputs, last: bool, seed: int | None) -> Trained:
     """One manual step; `seed` as in `_train_part`."""
     run, manual = s.run, s.run.manual
     manual.begin(last)
@@ -169,7 +183,7 @@ def _train_manually(s: Session, branch: Branch, inputs: Inputs, last: bool, seed
     if loss is not None:
         _add_loss(s, branch, loss, weight, inputs[1])
     log_result(run, branch.prefix, scalars, metrics, weight)
-    return outputs
+    return outputs, None, int
 
 
 def _add_loss(s: Session, branch: Branch, loss: Tensor, weight: Any, batch_idx: int) -> None:

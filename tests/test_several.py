@@ -429,6 +429,12 @@ def test_attached_steps() -> None:
     assert equal(weights(ours), weights(theirs))
 
 
+def test_lr_find_refuses_several_optimizers() -> None:
+    """There is no one learning rate, and no one loss."""
+    with pytest.raises(ld.MarkError, match="this model has 2 optimizers"):
+        ld.lr_find(Pair(), data())
+
+
 # ---- resuming --------------------------------------------------------------------------------------------------------
 
 
