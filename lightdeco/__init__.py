@@ -35,6 +35,8 @@ from .checkpoint import (
     load_weights,
 )
 from .current import (
+    backward,
+    clip_gradients,
     log,
     log_artifact,
     log_dict,
@@ -70,8 +72,6 @@ from .loop import (
     validate,
 )
 from .marks import (
-    backward,
-    clip_gradients,
     configure_accelerator,
     configure_callbacks,
     configure_model,

@@ -37,7 +37,8 @@ def attach(thing: T, /, **functions: Any) -> T:
     """Give a class or an instance that you do not own the roles and events of lightdeco; returns `thing`.
 
     Each keyword is a role or an event, each value a function that gets the object as its first argument and the rest by
-    name, as a marked method does; for an event, also a list of functions. A role attached hides the same role marked in
+    name, as a marked method does; for an event, and for training steps with an optimizer each, also a list of
+    functions. A role attached hides the same role marked in
     the class. `state_dict` stays as it was, `copy.deepcopy` keeps the roles, `pickle` leaves them out.
 
     Raises:
@@ -55,7 +56,7 @@ def attach(thing: T, /, **functions: Any) -> T:
             hint = nearest(name, ROLES) or f"; allowed: {roles}, and events, such as on_train_epoch_end"
             raise MarkError(f"ld.attach: {name!r} is no role{hint}")
         several = isinstance(given, (list, tuple))
-        if several and ROLES[name].kind != "event":
+        if several and ROLES[name].kind != "event" and name != "training_step":
             raise MarkError(f"ld.attach: {name} takes one function, not {type(given).__name__}")
         new = _Attachments({key: a for key, a in new.items() if a.mark.role != name})
         for i, function in enumerate(given if several else [given]):
@@ -82,7 +83,10 @@ def attachments(thing: object) -> dict[str, Attachment]:
     found: dict[str, Attachment] = {}
     holders = [*(vars(cls) for cls in reversed(type(thing).__mro__)), getattr(thing, "__dict__", {})]
     for level, holder in enumerate(holders):
-        for key, attachment in holder.get(ATTACHED, {}).items():
+        given = holder.get(ATTACHED, {})
+        replaced = {a.mark.role for a in given.values() if ROLES[a.mark.role].kind != "event"}
+        found = {key: a for key, a in found.items() if a.mark.role not in replaced}
+        for key, attachment in given.items():
             event = ROLES[attachment.mark.role].kind == "event"
             found[f"attach {level} {key}" if event else f"attach {key}"] = attachment
     return found

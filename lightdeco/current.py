@@ -1,18 +1,22 @@
 """The run that is active in this process, and the functions that talk to it from anywhere below a verb."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, TypeVar, cast, overload
 
 import torch
 from torch.optim import Optimizer
 
-from .errors import LightdecoError
+from . import marks
+from .branch import Toggle
+from .errors import LightdecoError, SettingsError, nearest
 from .loggers.values import check, check_file
 from .metrics import Reduce
-from .optim import Optim
+from .optim import Optim, clip
 from .run import Run
+
+F = TypeVar("F", bound=Callable[..., object])
 
 # A plain module-level variable: reading a ContextVar inside a compiled step would break its graph.
 _active: Run | None = None
@@ -188,3 +192,122 @@ def _optims() -> dict[str, Optim]:
     if _active is None or not _active.optims:
         raise LightdecoError("there is no optimizer: ld.optimizers() and ld.schedulers() work inside a running ld.fit")
     return _active.optims
+
+
+# ---- manual training steps -------------------------------------------------------------------------------------------
+
+
+@overload
+def backward(
+    loss: torch.Tensor,
+    /,
+    optimizer: Optimizer | None = None,
+    *,
+    weight: Any = None,
+    retain_graph: bool = False,
+    create_graph: bool = False,
+) -> None: ...
+@overload
+def backward(function: F, /) -> F: ...
+@overload
+def backward() -> Callable[[F], F]: ...
+def backward(
+    given: Any = None,
+    /,
+    optimizer: Optimizer | None = None,
+    *,
+    weight: Any = None,
+    retain_graph: bool = False,
+    create_graph: bool = False,
+    **options: Any,
+) -> Any:
+    """Called with a loss: compute gradients, in a manual training step. As a decorator: mark an override of that.
+
+    With a tensor it fires `on_before_backward` and `on_after_backward`, calls the override if there is one, and runs
+    outside of autocast. Outside of a manual run it is `loss.backward()`.
+
+    Args:
+        given: the loss, a 0-dim tensor, the mean over its batch; or the method to mark, instead of `loss.backward()`,
+            which may ask by name for: loss, optimizer, run, model.
+        optimizer: whose parameters get gradients. Without it all do; needed where several optimizers accumulate.
+        weight: how much this batch counts in an accumulation window; by default its number of samples.
+        retain_graph, create_graph: as in `torch.Tensor.backward`.
+
+    Raises:
+        StepError: accumulation does not know whose gradients these are.
+    """
+    if not isinstance(given, torch.Tensor):
+        if optimizer is not None or weight is not None or retain_graph or create_graph:
+            options |= {"optimizer": optimizer, "weight": weight}
+        return marks.backward(given, **options) if given is not None else marks.backward(**options)
+    keep: Any = {"retain_graph": retain_graph or create_graph, "create_graph": create_graph}
+    if _active is None or _active.manual is None:
+        return torch.autograd.backward(given, **keep)
+    return _active.manual.backward(given, optimizer, weight, keep)
+
+
+@overload
+def clip_gradients(
+    optimizer: Optimizer, /, value: float | None = None, algorithm: Literal["norm", "value"] | None = None
+) -> None: ...
+@overload
+def clip_gradients(function: F, /) -> F: ...
+@overload
+def clip_gradients() -> Callable[[F], F]: ...
+def clip_gradients(
+    given: Any = None,
+    /,
+    value: float | None = None,
+    algorithm: Literal["norm", "value"] | None = None,
+    **options: Any,
+) -> Any:
+    """Called with an optimizer: clip its gradients, in a manual training step. As a decorator: mark an override.
+
+    Without a value it does what the settings or the override say, and nothing if there is neither. Inside of an
+    accumulation window it waits for the batch that completes it. Outside of a run a value is needed.
+
+    Args:
+        given: the optimizer; or the method to mark, instead of the clipping that the settings ask for, which may ask by
+            name for: optimizer, run, model.
+        value: the largest norm or value; None: `gradient_clip_val`.
+        algorithm: "norm" or "value"; None: `gradient_clip_algorithm`.
+
+    Raises:
+        SettingsError: the value or the algorithm is none.
+    """
+    if not isinstance(given, Optimizer):
+        if value is not None or algorithm is not None:
+            options |= {"value": value, "algorithm": algorithm}
+        return marks.clip_gradients(given, **options) if given is not None else marks.clip_gradients(**options)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
+        raise SettingsError(f"ld.clip_gradients(value={value!r}); allowed: a number > 0")
+    if algorithm not in (None, "norm", "value"):
+        hint = nearest(str(algorithm), ("norm", "value"))
+        raise SettingsError(f"ld.clip_gradients(algorithm={algorithm!r}); allowed: 'norm', 'value'{hint}")
+    if _active is not None and _active.manual is not None:
+        return _active.manual.clip(given, value, algorithm)
+    settings = None if _active is None else _active.settings
+    value = settings.gradient_clip_val if value is None and settings is not None else value
+    if value is None and settings is None:
+        raise SettingsError("ld.clip_gradients(optimizer) needs a value outside of a run")
+    if value is not None:
+        clip(given, value, algorithm or (settings.gradient_clip_algorithm if settings is not None else "norm"))
+    return None
+
+
+def toggle_optimizer(optimizer: Optimizer) -> Toggle:
+    """From now on only the parameters of this optimizer require grad, until the end of a `with` block or of the step.
+
+    Raises:
+        LightdecoError: no `fit` with a manual training step is active.
+    """
+    if _active is None or _active.manual is None:
+        raise LightdecoError("toggle_optimizer works inside a @ld.training_step(manual=True); other steps do it alone")
+    toggle: Toggle = _active.manual.toggle(optimizer)
+    return toggle
+
+
+def untoggle_optimizer() -> None:
+    """Undo `toggle_optimizer`; outside of a manual run there is nothing to undo."""
+    if _active is not None and _active.manual is not None:
+        _active.manual.end()

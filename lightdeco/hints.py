@@ -9,7 +9,7 @@ from torch import nn
 
 from .attach import Attachment, attachments
 from .errors import warn
-from .hooks import UNAVAILABLE, marked_methods, where_is
+from .hooks import marked_methods, where_is
 from .marks import Mark, marks_of
 from .roles import ROLES
 
@@ -119,9 +119,7 @@ def warn_of_undecorated(thing: object) -> None:
         )
     for name, function, role in _undecorated(thing):
         where = where_is(thing, name, function)
-        if name in UNAVAILABLE:
-            warn(f"{where} has the name of a role that is not available yet; it is not called")
-        elif name == role:
+        if name == role:
             warn(f"{where} has the name of a role but is not decorated; add @ld.{name}")
         else:
             warn(f"{where} is not decorated, so lightdeco never calls it; is it @ld.{role}?")

@@ -10,7 +10,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from .attach import Attachment, attachments
 from .errors import MarkError, nearest, warn
@@ -76,7 +76,7 @@ def _hook(thing: object, owner: Owner, name: str, value: Any, mark: Mark) -> Hoo
     if owner not in role.owners:
         allowed = " or ".join(f"the {o}" for o in role.owners)
         raise MarkError(f"{where}, marked @{role.name}, stands on the {owner}; this role belongs on {allowed}")
-    _refuse_unavailable(mark, where)
+    _refuse_options(mark, where)
     _refuse_deferred(function, role, where)
     positional, keywords = _wanted(function, role, where)
     method: Callable[..., Any] = types.MethodType(function, thing)
@@ -99,20 +99,12 @@ def _without_result(method: Callable[..., Any], thing: object, where: str) -> Ca
     return checked
 
 
-#: Roles and arguments of the table that do nothing yet, and what to do instead. What builds one removes its row.
-UNAVAILABLE: Final = {
-    "split_batch": "cut long batches in the data",
-    "carry": "keep what the next batch needs in an attribute of the model",
-}
-
-
-def _refuse_unavailable(mark: Mark, where: str) -> None:
-    if mark.role in UNAVAILABLE:
-        raise MarkError(f"{where}: @{mark.role} is not available yet; remove it: {UNAVAILABLE[mark.role]}")
-    if ROLES[mark.role].kind != "event" and (mark.optimizer is not None or mark.manual or mark.every != 1):
+def _refuse_options(mark: Mark, where: str) -> None:
+    """Refuse options of a decorator that contradict each other."""
+    if mark.manual and mark.optimizer is not None:
         raise MarkError(
-            f"{where}: @training_step(optimizer=…, every=…, manual=…) is not available yet; "
-            "mark one training step without options"
+            f"{where}: a manual step drives every optimizer itself, by ld.optimizers(); leave "
+            f"optimizer={mark.optimizer!r} or manual=True out"
         )
 
 
@@ -121,7 +113,7 @@ def _refuse_deferred(function: Any, role: Role, where: str) -> None:
     for code in (inspect.unwrap(function), type(function).__call__):
         if inspect.iscoroutinefunction(code) or inspect.isasyncgenfunction(code):
             raise MarkError(f"{where}, marked @{role.name}, is an async function; make it a plain `def`")
-        if inspect.isgeneratorfunction(code):
+        if inspect.isgeneratorfunction(code) and role.name != "split_batch":  # its parts may be yielded
             raise MarkError(f"{where}, marked @{role.name}, is a generator (it has `yield`); make it return its result")
 
 
@@ -139,7 +131,7 @@ def _refuse_kind(value: object, role: Role, where: str) -> None:
 
 def _wanted(function: Callable[..., Any], role: Role, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The names that a method asks for: by position and by keyword. Raises MarkError for one that is not offered."""
-    offered = tuple(name for name in (*role.offers, *ALWAYS) if name not in UNAVAILABLE)
+    offered = (*role.offers, *ALWAYS)
     parameters = _parameters(function, role, where)
     names = [p.name for p in parameters]
     positional: list[str] = []
@@ -151,8 +143,6 @@ def _wanted(function: Callable[..., Any], role: Role, where: str) -> tuple[tuple
         if p.kind is inspect.Parameter.VAR_KEYWORD:
             keywords += [name for name in offered if name not in positional and name not in keywords]
         elif p.name not in offered:
-            if p.name in role.offers:
-                raise MarkError(f"{where}: the argument {p.name!r} is not available yet; {UNAVAILABLE[p.name]}")
             if p.default is inspect.Parameter.empty:
                 unknown.append(p.name)
             else:
@@ -212,15 +202,48 @@ def _name_batch(parameters: list[inspect.Parameter], offered: tuple[str, ...]) -
 
 def _refuse_doubles(hooks: Iterable[Hook]) -> None:
     seen: dict[str, Hook] = {}
+    steps: list[Hook] = []
     for hook in hooks:
         if hook.role.kind == "event":
             continue
-        if hook.role.name in seen:
-            raise MarkError(
-                f"@{hook.role.name} stands on two methods, {seen[hook.role.name].where} and {hook.where}; "
-                f"keep one: remove a decorator, or write `name = None` in the subclass to drop an inherited one"
-            )
+        if hook.role.name == "training_step":
+            _refuse_rivals([*steps, hook])
+            steps.append(hook)
+        elif hook.role.name in seen:
+            raise _double(seen[hook.role.name], hook)
         seen[hook.role.name] = hook
+
+
+def _double(first: Hook, second: Hook, which: str = "", more: str = "") -> MarkError:
+    return MarkError(
+        f"@{first.role.name}{which} stands on two methods, {first.where} and {second.where}; "
+        f"keep one: remove a decorator, or write `name = None` in the subclass to drop an inherited one{more}"
+    )
+
+
+def _refuse_rivals(steps: list[Hook]) -> None:
+    """Refuse several training steps that are not each for an optimizer of its own."""
+    first, last = steps[0], steps[-1]
+    if first is last:
+        return
+    for step in steps[:-1]:
+        if step.mark.optimizer == last.mark.optimizer and not (step.mark.manual or last.mark.manual):
+            name = last.mark.optimizer
+            if name is not None:
+                raise _double(step, last, f"(optimizer={name!r})")
+            raise _double(step, last, more="; or name the optimizer of each: @ld.training_step(optimizer=…)")
+    for step in steps:
+        if step.mark.manual:
+            other = last if step is first else first
+            raise MarkError(
+                f"{step.where} is a manual training step and drives every optimizer itself, so that no other can stand "
+                f"beside it; remove manual=True, or the mark of {other.where}"
+            )
+        if step.mark.optimizer is None:
+            raise MarkError(
+                f"{step.where} is one of several training steps and does not say for which optimizer; write "
+                "@ld.training_step(optimizer=…)"
+            )
 
 
 def where_is(thing: object, name: str, function: object) -> str:

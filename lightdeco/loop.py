@@ -15,13 +15,15 @@
             for each batch:
                 on_before_batch_transfer; transfer_batch_to_device; on_after_batch_transfer
                 on_train_batch_start                       (may return SKIP_EPOCH)
-                at the start of a window:
-                    on_before_zero_grad; optimizer_zero_grad
-                training_step                              (torch seeded by `seeds.step_seed`)
-                on_before_backward; backward; on_after_backward
-                at the end of a window:
-                    on_before_optimizer_step; clip_gradients; optimizer_step
-                    lr_scheduler_step                      (schedulers by step)
+                split_batch
+                for each training step that is due, for each part of the batch:    (most runs: one step, one part)
+                    at the start of a window:
+                        on_before_zero_grad; optimizer_zero_grad
+                    training_step                          (torch seeded by `seeds.step_seed` before the first)
+                    on_before_backward; backward; on_after_backward
+                    at the end of a window:
+                        on_before_optimizer_step; clip_gradients; optimizer_step
+                        lr_scheduler_step                  (schedulers by step)
                 on_train_batch_end                         (global_step counts this batch)
                 [record, every log_every_n_steps]
                 [evaluate, every val_check_interval]
@@ -49,13 +51,13 @@
 Where an exception ends a verb, `on_exception` comes before `teardown`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from functools import partial
 from itertools import chain, islice, pairwise, repeat
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import seeds
 from .current import active
@@ -65,7 +67,6 @@ from .errors import DataError
 from .limits import Limits, accumulation, cut, expected, val_interval
 from .metrics import Means
 from .opening import opened, reload
-from .optim import Closure, Window, finite_gradients, monitored
 from .plan import Plan
 from .preparing import prepare, warn_without_effect
 from .resuming import Weights
@@ -73,6 +74,7 @@ from .roles import SKIP_EPOCH, STAGE_STEP
 from .run import Run
 from .session import Session
 from .settings import Settings, resolve
+from .stepping import log_result, step_schedulers, train_batch, update
 from .steps import evaluating, no_grad, read_result
 
 if TYPE_CHECKING:
@@ -209,13 +211,16 @@ def predict(
 def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
     """Train one epoch; False when it was stopped before its end."""
     run, progress, settings = s.run, s.run.progress, s.settings
-    optimizer, where, (loader,) = s.optim.optimizer, s.where("training_step"), s.loaders["train"]
+    branch, parted, (loader,) = s.branches[0], s.parted, s.loaders["train"]
     # Looked up once: between two steps the caches are cold, and a look-up costs as much as a small kernel.
-    reseed, step, transfer, (zero_grad, backward) = s.reseed, s.wrapped, s.transfer, s.gradients
+    optimizer: Any = None if parted else branch.optimizer
+    where = branch.hook.where
+    reseed, transfer, step, zero_grad, backward = s.reseed, s.transfer, branch.step, branch.zero_grad, branch.backward
     on_start, on_before_zero, on_before, on_after, on_end = (s.heard(name) for name in _TRAIN_BATCH)
-    plain, log_every, losses = s.plain_update, settings.log_every_n_steps, run.means.series["train/loss"]
+    plain, log_every, losses = s.plain_update, settings.log_every_n_steps, run.means.series[f"{branch.prefix}loss"]
     size, skipped, saver = accumulation(settings, progress.epoch), False, s.saver
-    window = s.window = Window(size)
+    s.begin_windows()
+    window = branch.window
     s.first_micro_batch = progress.micro_batch - progress.batch
     if s.validation_due(interval):  # a resumed run may have been stopped before it
         _evaluate(s, "val")
@@ -231,33 +236,38 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
             if on_start is not None and on_start(batch, batch_idx, dataloader_idx) is SKIP_EPOCH:
                 skipped = True
                 break
-            if window.count == 0:
-                if on_before_zero is not None:
-                    on_before_zero(optimizer)
-                zero_grad()
+            if parted:
+                progress.batch += 1
+                outputs, updated = train_batch(s, batch, batch_idx, dataloader_idx, last, seed)
+            else:
+                if window.count == 0:
+                    if on_before_zero is not None:
+                        on_before_zero(optimizer)
+                    zero_grad()
 
-            reseed(seed)
-            outputs = step("training_step", batch, batch_idx, dataloader_idx, None)
-            loss, scalars, metrics, weight, samples = read_result(outputs, where, training=True)
-            if weight is None:
-                weight = samples or batch_size_of(batch) or run.size_of_batch()
-            scaled = loss if size == 1 else window.scale(loss, weight, last)
-            if on_before is not None:
-                on_before(scaled, optimizer)
-            backward(scaled)
-            if on_after is not None:
-                on_after(optimizer)
-            losses.add(loss, weight)
-            if scalars or metrics:
-                _log(run, "train/", scalars, metrics, weight)
+                reseed(seed)
+                outputs = step("training_step", batch, batch_idx, dataloader_idx, None)
+                loss, scalars, metrics, weight, samples = read_result(outputs, where, training=True)
+                if weight is None:
+                    weight = samples or batch_size_of(batch) or run.size_of_batch()
+                scaled = loss if size == 1 else window.scale(loss, weight, last)
+                if on_before is not None:
+                    on_before(scaled, optimizer)
+                backward(scaled)
+                if on_after is not None:
+                    on_after(optimizer)
+                losses.add(loss, weight)
+                if scalars or metrics:
+                    log_result(run, "train/", scalars, metrics, weight)
+                progress.batch += 1  # before the update: after an error in it, nothing can be saved
+                updated = size == 1
+                if plain and updated:
+                    optimizer.step()
+                    progress.global_step += 1
+                elif updated or window.complete(last):
+                    inputs = (batch, batch_idx, dataloader_idx, None)
+                    updated = update(s, branch, scaled, inputs, partial(reseed, seed))
 
-            progress.batch += 1
-            updated = size == 1
-            if plain and updated:
-                optimizer.step()
-                progress.global_step += 1
-            elif updated or window.complete(last):
-                updated = _update(s, window, scaled, (batch, batch_idx, dataloader_idx), seed)
             if on_end is not None:
                 on_end(batch, batch_idx, dataloader_idx, outputs)
             run.batch = None
@@ -267,7 +277,7 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
                 _record_window(s)
             elif updated and progress.global_step >= s.checked_step + 50:
                 s.refuse_nan()
-            if window.count == 0:
+            if window.count == 0 and not (parted and s.pending):
                 if s.validation_due(interval):
                     _evaluate(s, "val")
                 if saver is not None:
@@ -296,47 +306,8 @@ def _numbered(
     return zip(batches, repeat(0), repeat(False), step_seeds, strict=False)  # the seeds never end
 
 
-def _update(s: Session, window: Window, loss: Tensor, inputs: tuple[Any, int, int], seed: int) -> bool:
-    """Update the weights at the end of a window; False when the update was skipped."""
-    call, progress, optim, optimizer = s.call, s.run.progress, s.optim, s.optim.optimizer
-    if window.size > 1:
-        window.normalise(optimizer)
-    if s.settings.on_nan == "skip" and not bool(torch.isfinite(loss) & finite_gradients(optimizer)):  # waits
-        progress.skipped_updates += 1
-        window.begin()
-        return False
-    call["on_before_optimizer_step"](optimizer)
-    if "clip_gradients" in call:
-        call["clip_gradients"](optimizer)
-    if s.closure:
-        closure = Closure(optimizer, loss, lambda: _evaluate_again(s, window, inputs, seed))
-        call["optimizer_step"](optimizer, closure)
-    else:
-        optimizer.step()
-    if window.size > 1:
-        window.begin()
-    progress.global_step += 1
-    if optim.scheduler is not None and optim.interval == "step" and progress.global_step % optim.every == 0:
-        call["lr_scheduler_step"](optim.scheduler, monitored(optim, s.run.metrics))
-    return True
-
-
-def _evaluate_again(s: Session, window: Window, inputs: tuple[Any, int, int], seed: int) -> Tensor:
-    """Loss and gradients at the present weights, for a closure; the same randomness as the first time."""
-    optimizer, where = s.optim.optimizer, s.where("training_step")
-    window.refuse_several(where)
-    zero_grad, backward = s.gradients
-    zero_grad()
-    s.reseed(seed)
-    loss: Tensor = read_result(s.wrapped("training_step", *inputs, None), where, training=True)[0]
-    backward(loss)
-    if "clip_gradients" in s.call:
-        s.call["clip_gradients"](optimizer)
-    return loss
-
-
 def _end_epoch(s: Session, interval: int | None) -> None:
-    run, call, progress, optim = s.run, s.call, s.run.progress, s.optim
+    run, call, progress = s.run, s.call, s.run.progress
     s.refuse_nan()
     if s.saver is not None:
         s.saver.epoch_ends()
@@ -350,8 +321,7 @@ def _end_epoch(s: Session, interval: int | None) -> None:
         call["on_train_epoch_end"]()
     run.record("train", means)
     run.show(latest)
-    if optim.scheduler is not None and optim.interval == "epoch" and (progress.epoch + 1) % optim.every == 0:
-        call["lr_scheduler_step"](optim.scheduler, monitored(optim, run.metrics))
+    step_schedulers(s)
     progress.epoch += 1
     progress.batch = progress.validated = s.checked_batch = 0
     s.first_micro_batch = progress.micro_batch
@@ -372,14 +342,6 @@ def _save_at_the_end(s: Session) -> None:
 def _record_window(s: Session) -> None:
     s.refuse_nan()
     s.run.record("train", s.run.means.window())
-
-
-def _log(run: Run, prefix: str, scalars: Sequence[tuple[str, Any]], metrics: Sequence[tuple[str, Any]], w: Any) -> None:
-    """Log what a step returned, with the weight `w` of its batch."""
-    for name, value in scalars:
-        run.means.add_mean(prefix + name, value, w)
-    for name, metric in metrics:
-        run.means.add(prefix + name, metric, 1)
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -446,7 +408,7 @@ def _evaluate_batch(s: Session, stage: str, batch: Any, batch_idx: int, index: i
             scalars = scalars if loss is None else [("loss", loss), *scalars]
             if scalars and weight is None:
                 weight = samples or run.size_of_batch()
-            _log(run, f"{stage}/" if name is None else f"{stage}/{name}/", scalars, metrics, weight)
+            log_result(run, f"{stage}/" if name is None else f"{stage}/{name}/", scalars, metrics, weight)
         call[f"{event}_batch_end"](batch, batch_idx, index, outputs)
     run.batch = None
     return outputs

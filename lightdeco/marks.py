@@ -28,6 +28,7 @@ class Mark:
     every: int = 1
     optimizer: str | None = None
     manual: bool = False
+    size: int | None = None
 
 
 #: What may lie around a function in a class body and makes something else of it than a method.
@@ -109,17 +110,18 @@ def training_step(
 ) -> Any:
     """Mark the method that computes the training loss of a batch.
 
-    It may ask by name for: batch, batch_idx, dataloader_idx, run, model (and, with `split_batch`, carry: not available
-    yet); its first parameter may have any name and gets the batch. It returns the loss (a scalar tensor, the mean over
-    its batch) or a dict with `"loss"`, whose other scalars are logged as `train/<key>`. Reserved keys: `loss`,
-    `weight`, `batch_size`, `carry`.
+    It may ask by name for: batch, batch_idx, dataloader_idx, run, model (and, beside a `split_batch`, carry); its first
+    parameter may have any name and gets the batch. It returns the loss (a scalar tensor, the mean over its batch) or a
+    dict with `"loss"`, whose other scalars are logged as `train/<key>`. Reserved keys: `loss`, `weight`, `batch_size`,
+    `carry`.
 
-    Options are not available yet: verbs refuse a step that has one.
+    Several steps may be marked, each for an optimizer of its own. They run in the order of definition, and only the
+    parameters of its optimizer require grad during each.
 
     Args:
         optimizer: with several optimizers, the name of the one that this step is for.
-        every: run this step for every n-th batch (0, n, 2n, …).
-        manual: the step calls `ld.backward` and the optimizers itself.
+        every: run this step for every n-th batch (0, n, 2n, …) of each epoch.
+        manual: the step calls `ld.backward`, and `step` and `zero_grad` of the optimizers, itself.
 
     Raises:
         MarkError: `every` is no positive integer, or the function cannot be marked.
@@ -136,6 +138,37 @@ def training_step(
     if optimizer is not None and not isinstance(optimizer, str):
         raise MarkError(f"@training_step(optimizer={optimizer!r}): allowed: the name of an optimizer, a str")
     mark = Mark("training_step", every=every, optimizer=optimizer, manual=manual)
+    if function is None:
+        return lambda function: _write(function, mark)
+    return _write(function, mark)
+
+
+@overload
+def split_batch(function: F, /) -> F: ...
+@overload
+def split_batch(*, size: int | None = None) -> Callable[[F], F]: ...
+def split_batch(function: Any = None, /, *, size: int | None = None) -> Any:
+    """Mark the method that cuts a training batch into parts, for truncated backpropagation through time.
+
+    It may ask by name for: batch, size, run, model. It returns the parts in order, as a list or a tuple, or yields
+    them. Each is a training step of its own with an update of its own. What the step returns under "carry" (nested
+    tensors) is detached and handed to the next part as the argument `carry`, which is None for the first one.
+
+    Args:
+        size: what the method gets as `size`, such as the length of a part.
+
+    Raises:
+        MarkError: `size` is no positive integer, or the function cannot be marked.
+
+    >>> import lightdeco as ld
+    >>> class Net:
+    ...     @ld.split_batch(size=32)
+    ...     def split(self, batch, size):
+    ...         return batch.split(size, dim=1)
+    """
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise MarkError(f"@split_batch(size={size!r}): allowed: an integer of at least 1")
+    mark = Mark("split_batch", size=size)
     if function is None:
         return lambda function: _write(function, mark)
     return _write(function, mark)
@@ -175,7 +208,6 @@ optimizer_step = _decorator("optimizer_step")
 optimizer_zero_grad = _decorator("optimizer_zero_grad")
 clip_gradients = _decorator("clip_gradients")
 lr_scheduler_step = _decorator("lr_scheduler_step")
-split_batch = _decorator("split_batch")
 transfer_batch_to_device = _decorator("transfer_batch_to_device")
 
 prepare_data = _decorator("prepare_data")

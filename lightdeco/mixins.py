@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
 from . import checkpoint, current, loop, metrics
+from .branch import Toggle
 from .errors import CheckpointError, LightdecoError, nearest
 
 _SEVERAL: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -45,7 +46,7 @@ class LogMixin:
 
 
 class OptimizerMixin:
-    """`self.optimizers()` and `self.lr_schedulers()`, as `ld.optimizers` and `ld.schedulers`."""
+    """`self.optimizers()`, `self.lr_schedulers()`, and what a manual training step needs."""
 
     def optimizers(self) -> Optimizer | dict[str, Optimizer]:
         """The optimizer of the running `fit`, or a dict of several by name."""
@@ -54,6 +55,30 @@ class OptimizerMixin:
     def lr_schedulers(self) -> Any:
         """The scheduler of the running `fit` (None without one), or a dict of several by name."""
         return current.schedulers()
+
+    def manual_backward(
+        self,
+        loss: Tensor,
+        optimizer: Optimizer | None = None,
+        *,
+        retain_graph: bool = False,
+        create_graph: bool = False,
+    ) -> None:
+        """Compute gradients in a manual training step; see `lightdeco.backward`."""
+        current.backward(loss, optimizer, retain_graph=retain_graph, create_graph=create_graph)
+
+    def toggle_optimizer(self, optimizer: Optimizer) -> Toggle:
+        """From now on only its parameters require grad: `with self.toggle_optimizer(optimizer):`, or until
+        `untoggle_optimizer`; at the end of a manual step it is undone in any case.
+
+        Raises:
+            LightdecoError: no `fit` with a manual training step is active.
+        """
+        return current.toggle_optimizer(optimizer)
+
+    def untoggle_optimizer(self, optimizer: Optimizer | None = None) -> None:
+        """Undo `toggle_optimizer`."""
+        current.untoggle_optimizer()
 
 
 class Hparams(dict[str, Any]):

@@ -1,30 +1,29 @@
 """Setting up and ending a verb: `opened` makes model, optimizer and loaders ready, in the order of the lines."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from . import launch, loggers, resuming, seeds
+from .branching import prepare_optimizers
 from .compiling import compile_forward
 from .current import active
 from .data import loaders, to_device
 from .directory import CHECKPOINTS, locked, make_directory
-from .errors import DataError, MarkError, SettingsError, warn
+from .errors import DataError, warn
 from .limits import expected
 from .loggers.masking import mask
 from .metrics import Means
-from .optim import clip, needs_closure, parameters_of, read_optimizers, step_scheduler
 from .plan import Plan
 from .resuming import Weights
-from .roles import STAGE_LOADER, STAGE_STEP, TRANSFER, VERB_STAGE
+from .roles import STAGE_LOADER, TRANSFER, VERB_STAGE
 from .run import Run
 from .saving import Saver
-from .session import Call, Session
+from .session import Session
 from .settings import Settings
 from .state import LOGGERS, restore
 from .steps import Steps, modes_of, restore_modes
@@ -94,11 +93,10 @@ def _set_up(s: Session, writes: bool, stack: ExitStack, resumed: resuming.Resume
     run.device = accelerator.device
     if settings.compile is not False:
         stack.callback(compile_forward(model, settings.compile))
-    s.steps = Steps(model, {role: s.plan.step(role, run) for role in STAGE_STEP.values() if role in call})
-    wrapped = accelerator.prepare_model(s.steps)
-    bare = wrapped is s.steps and "forward" not in vars(s.steps) and "training_step" in call
+    s.steps = Steps(model, {key: s.plan.step(hook, run) for key, hook in s.plan.steps().items()})
+    s.wrapped = accelerator.prepare_model(s.steps)
     # Where nothing wraps the steps, training calls its own without the way round.
-    s.wrapped = s.plan.direct("training_step", run) if bare else wrapped
+    s.bare = s.wrapped is s.steps and "forward" not in vars(s.steps)
     s.reseed = seeds.reseeder(run.device)
     dtype = launch.TRUE.get(settings.precision)
     if dtype is not None or run.device.type != "cpu" or any(s.plan.all(role) for role in TRANSFER):
@@ -109,9 +107,8 @@ def _set_up(s: Session, writes: bool, stack: ExitStack, resumed: resuming.Resume
     stack.callback(close_loaders, s)
     if s.plan.verb == "fit":
         s.means = Means(run.device, watch="train/loss")
-        s.means.series["train/loss"].finite_only = settings.on_nan == "skip"
         run.num_train_batches = expected(settings, s.loaders["train"], "train")
-        _optimization(s)
+        prepare_optimizers(s, stack)
         if not model.training:
             warn(f"{type(model).__name__} was in eval mode; it is put into train() as a whole for training")
             model.train()
@@ -191,46 +188,3 @@ def close_loaders(s: Session) -> None:
 
 def _move(dtype: torch.dtype | None, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
     return to_device(batch, device, non_blocking=True, dtype=dtype)
-
-
-# ---- optimisation ----------------------------------------------------------------------------------------------------
-
-
-def _optimization(s: Session) -> None:
-    where, call, settings = s.where("configure_optimizers"), s.call, s.settings
-    found = read_optimizers(call["configure_optimizers"](), where)
-    if len(found) > 1:
-        raise MarkError(f"{where} returned {len(found)} optimizers; several optimizers are not available yet")
-    s.run.optims = found
-    (s.optim,) = found.values()
-    own = {id(p) for p in s.plan.model.parameters()}
-    if not any(id(p) in own for p in parameters_of(s.optim.optimizer)):
-        name = type(s.plan.model).__name__
-        raise MarkError(f"{where} returned an optimizer that holds no parameter of {name}; give it self.parameters()")
-    value, algorithm = settings.gradient_clip_val, settings.gradient_clip_algorithm
-    if value is None and algorithm != "norm":
-        warn("gradient_clip_algorithm has no effect without gradient_clip_val")
-    if value is not None and "clip_gradients" not in call:
-        call["clip_gradients"] = lambda optimizer: clip(optimizer, value, algorithm)
-    s.gradients = _gradients(call, s.optim.optimizer)
-    call.setdefault("lr_scheduler_step", step_scheduler)
-    s.closure = "optimizer_step" in call or needs_closure(s.optim.optimizer)
-    by_step = s.optim.scheduler is not None and s.optim.interval == "step"
-    more = s.closure or by_step or "clip_gradients" in call or settings.on_nan == "skip"
-    s.plain_update = not more and s.heard("on_before_optimizer_step") is None
-    call.setdefault("optimizer_step", lambda optimizer, closure: optimizer.step(closure))
-    if needs_closure(s.optim.optimizer) and settings.accumulate_grad_batches != 1:
-        kind = type(s.optim.optimizer).__name__
-        raise SettingsError(
-            f"accumulate_grad_batches: {kind} evaluates each batch several times, so it cannot accumulate"
-        )
-
-
-def _gradients(call: dict[str, Call], optimizer: Optimizer) -> tuple[Callable[[], object], Callable[[Any], object]]:
-    clear: Callable[[], object] = optimizer.zero_grad
-    if "optimizer_zero_grad" in call:
-        clear = partial(call["optimizer_zero_grad"], optimizer)
-    if "backward" not in call:
-        return clear, torch.Tensor.backward
-    override = call["backward"]
-    return clear, lambda loss: override(loss, optimizer)

@@ -22,7 +22,8 @@ class Optim:
         scheduler: anything with `step()` and `state_dict()`, such as those of `torch.optim.lr_scheduler`.
         interval: "epoch" or "step" (an optimizer update).
         every: the scheduler steps at every n-th epoch or update.
-        monitor: the metric that `ReduceLROnPlateau` gets; None: "val/loss", or "train/loss" without validation.
+        monitor: the metric that `ReduceLROnPlateau` gets; None: "val/loss", or without validation "train/loss"
+            (of several optimizers: "train/<name>/loss").
 
     Raises:
         SettingsError: one of them is of the wrong kind.
@@ -288,15 +289,15 @@ def is_plateau(scheduler: object) -> bool:
     return isinstance(scheduler, ReduceLROnPlateau)
 
 
-def monitored(optim: Optim, metrics: Mapping[str, float]) -> float | None:
-    """The metric that the scheduler gets, or None when it wants none.
+def monitored(optim: Optim, metrics: Mapping[str, float], loss: str = "train/loss") -> float | None:
+    """The metric that the scheduler gets, or None when it wants none; `loss` is the name of the optimizer's own.
 
     Raises:
         SettingsError: the monitored metric was never recorded.
     """
     if optim.monitor is None and not is_plateau(optim.scheduler):
         return None
-    default = "val/loss" if "val/loss" in metrics else "train/loss"
+    default = "val/loss" if "val/loss" in metrics else loss
     name = optim.monitor or default
     if name not in metrics:
         known = ", ".join(sorted(metrics)) or "none yet"

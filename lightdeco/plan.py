@@ -83,16 +83,22 @@ class Plan:
 
         return chain
 
-    def step(self, role: str, run: object) -> tuple[Callable[..., Any], "Select"]:
+    def steps(self) -> dict[str, Hook]:
+        """The steps by their roles; where there are several training steps, each with the name of its optimizer."""
+        found = {hook.role.name: hook for hook in self.hooks if hook.role.kind == "step"}
+        training = self.all("training_step")
+        if len(training) > 1:
+            del found["training_step"]
+            found |= {f"training_step {hook.mark.optimizer}": hook for hook in training}
+        return found
+
+    def step(self, hook: Hook, run: object) -> tuple[Callable[..., Any], "Select"]:
         """The method of a step, and what picks its arguments from (batch, batch_idx, dataloader_idx, …)."""
-        hook = self.one(role)
-        assert hook is not None
         return hook.method, _select(hook, (run, self.model))
 
-    def direct(self, role: str, run: object) -> Callable[..., Any]:
+    def direct(self, hook: Hook, run: object) -> Callable[..., Any]:
         """A step as one function of (role, batch, batch_idx, …), for where nothing wraps it."""
-        method, select = self.step(role, run)
-        hook = self.all(role)[0]
+        method, select = self.step(hook, run)
         count = len(hook.positional)
         if not hook.keywords and hook.positional == hook.role.offers[:count]:  # it takes the first ones, in their order
             if count == 1:

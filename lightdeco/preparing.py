@@ -65,7 +65,7 @@ def prepare(verb: str, model: nn.Module, data: object, settings: Settings) -> tu
             raise MarkError(
                 f"{hook.where}, marked @configure_callbacks, asks for `run`; there is no run yet: take `model`"
             )
-        method, select = plan.step("configure_callbacks", None)
+        method, select = plan.step(hook, None)
         positional, keywords = select(())
         more = method(*positional, **keywords)
         plan = discover(verb, model, marked, [*_as_list(more), *callbacks])

@@ -45,6 +45,8 @@ class Progress:
     """Time in training up to the last checkpoint."""
     skipped_updates: int = 0
     """Updates left out because a loss or a gradient was not finite."""
+    updates: dict[str, int] = field(default_factory=dict)
+    """Updates of each optimizer, by name, as far as something depends on them."""
     calls: dict[str, int] = field(default_factory=dict)
     """How often each event with `every` has happened."""
 
@@ -85,6 +87,10 @@ class Run:
         #: The latest values for the progress bar.
         self.prog_bar: dict[str, float] = {}
         self.optims: dict[str, Optim] = {}
+        #: What `ld.backward` and the like do in a run with a manual training step; None in others.
+        self.manual: Any = None
+        #: Under which names the losses of training are logged.
+        self.loss_names = {"train/loss"}
         self.accelerator: Accelerator | None = None
         self.means = metrics.Means(self.device)
         self.batch: Any = None  # the present batch, for its size; None outside of batches
@@ -155,6 +161,7 @@ class Run:
         if self._file is not None:
             self._file.close()
         self.accelerator, self.means, self.batch, self.optims = None, metrics.Means(self.device), None, {}
+        self.manual = None
 
     def record(self, stage: str, values: Mapping[str, float]) -> None:
         """Write one record to the history, `metrics.jsonl` and the loggers."""
@@ -170,7 +177,7 @@ class Run:
     def show(self, values: Mapping[str, float]) -> None:
         """Make values the latest of `metrics` and of the progress bar, without a record."""
         self.metrics.update(values)
-        self.prog_bar.update({name: value for name, value in values.items() if name in self._shown})
+        self.prog_bar.update({name: value for name, value in values.items() if name in self._shown | self.loss_names})
 
     @contextmanager
     def collecting(self, values: dict[str, float]) -> Iterator[None]:
@@ -225,10 +232,8 @@ class Run:
             self._log_now(name, value, reduce)
             return
         training = self.stage == "train"
-        if training and name == "train/loss":
-            raise StepError(
-                "ld.log('train/loss'): the loss that the step returns is logged under this name; log no other"
-            )
+        if training and name in self.loss_names:
+            raise StepError(f"ld.log({name!r}): the loss that the step returns is logged under this name; log no other")
         if is_metric(value) and on_epoch is False:
             raise StepError(f"ld.log({name!r}, on_epoch=False): a torchmetrics object is recorded once per epoch")
         if on_step and not training:

@@ -139,3 +139,17 @@ def reseeder(device: torch.device) -> Callable[[int], object]:
 
         return both
     return torch.manual_seed
+
+
+def repeater(device: torch.device) -> Callable[[], None]:
+    """A function that puts torch's generators (the CPU's and the device's) back to where they are now. Waits."""
+    state = torch.get_rng_state()
+    module = None if device.type == "cpu" else torch.get_device_module(device)
+    of_device = None if module is None else module.get_rng_state()
+
+    def again() -> None:
+        torch.set_rng_state(state)
+        if module is not None:
+            module.set_rng_state(of_device)
+
+    return again

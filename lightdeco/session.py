@@ -7,14 +7,16 @@ from time import monotonic
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from . import launch
+from .branch import Branch, others
 from .callbacks.model_checkpoint import ModelCheckpoint
 from .data.loader import Loader
 from .errors import StepError
 from .limits import accumulation
 from .metrics import Means
-from .optim import Optim, Window
+from .optim import Window, parameters_of
 from .plan import Plan
 from .run import Run
 from .settings import Settings
@@ -64,25 +66,28 @@ class Session:
     """The steps as evaluation calls them: under autocast, outside of DDP."""
     wrapped: Callable[..., Any] = field(init=False)
     """The steps as training calls them: whatever accelerate made of `steps`."""
-    optim: Optim = field(init=False)
+    bare: bool = False
+    """Whether nothing wraps the steps, so that training may call them without the way round."""
+    branches: list[Branch] = field(default_factory=list)
+    """The training steps in the order of calling, each with its optimizer."""
+    parted: bool = False
+    """Whether a batch is more than one plain training step: `stepping.train_batch` trains it."""
+    part_size: int | None = None
+    """The `size` of `split_batch`."""
     loaders: dict[str, tuple[Loader, ...]] = field(default_factory=dict)
     transfer: Call | None = None
     """Moves (batch, device, dataloader_idx); None when the batch is already where it belongs."""
     reseed: Callable[[int], object] = torch.default_generator.manual_seed
 
-    gradients: tuple[Callable[[], object], Callable[[Any], object]] = field(init=False)
-    """How gradients are cleared, and made from a loss: torch's own functions, or the overrides."""
     plain_update: bool = False
     """Whether an update of one batch is `optimizer.step()` and nothing else."""
-    closure: bool = False
-    """Whether the optimizer's step gets a closure."""
     means: Means = field(init=False)
     """The metrics of training."""
     saver: Saving | None = None
     """Writes checkpoints; None where none are wanted."""
     signals: Signals = field(default_factory=Signals)
-    window: Window | None = None
-    """The micro-batches of the present update."""
+    counted: int = -1
+    """The `micro_batch` that was counted in `global_step` last."""
     first_micro_batch: int | None = None
     """`micro_batch` when the epoch began; None while an epoch is being ended."""
     finished: str | None = None
@@ -120,11 +125,38 @@ class Session:
         """Time in training, that before an interruption included."""
         return monotonic() - self.started
 
+    @property
+    def pending(self) -> bool:
+        """Whether gradients of some window wait for the batches that follow."""
+        manual = self.run.manual
+        return any(branch.window.count for branch in self.branches) or (manual is not None and manual.pending)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Every parameter of the model and of the optimizers, each once."""
+        held = [p for optim in self.run.optims.values() for p in parameters_of(optim.optimizer)]
+        return list({id(p): p for p in (*self.plan.model.parameters(), *held)}.values())
+
+    def begin_windows(self) -> None:
+        """Begin the windows of an epoch, and look which parameters each training step leaves alone."""
+        size = accumulation(self.settings, self.run.epoch)
+        several = len(self.branches) > 1
+        for branch in self.branches:
+            branch.window = Window(size)
+            branch.others = others(branch.optimizer, self.parameters()) if several else []
+        if self.run.manual is not None:
+            self.run.manual.begin_epoch()
+
+    def count_step(self) -> None:
+        """Count the present batch in `global_step`, once, however many optimizers it updates."""
+        progress = self.run.progress
+        if self.counted != progress.micro_batch:
+            self.counted = progress.micro_batch
+            progress.global_step += 1
+
     def between_steps(self) -> bool:
         """Whether nothing is half done, so that the run can be continued from here."""
         progress = self.run.progress
-        within = self.window is not None and self.window.count > 0
-        return not within and progress.micro_batch - progress.batch == self.first_micro_batch
+        return not self.pending and progress.micro_batch - progress.batch == self.first_micro_batch
 
     def refuse_nan(self) -> None:
         """Check the losses since the last check together. Waits for the device.
@@ -136,13 +168,27 @@ class Session:
         self.checked_batch, self.checked_step = run.progress.batch, run.global_step
         if self.settings.on_nan != "raise":
             return
+        if self.parted:
+            self._refuse_nan_of_branches()
+            return
         bad = run.means.first_bad()
         if bad is not None:
             step += bad // accumulation(self.settings, run.epoch) + 1
-            raise StepError(
-                f"the training loss was not finite (NaN or infinite) at batch {batch + bad} of epoch {run.epoch}, "
-                f"global_step {step}; detect_anomaly=True finds the operation, on_nan='skip' leaves such updates out"
-            )
+            raise _not_finite("training loss", batch + bad, run.epoch, step)
+
+    def _refuse_nan_of_branches(self) -> None:
+        """`refuse_nan` where each training step has losses of its own; the earliest bad one is named."""
+        means, found = self.run.means, []
+        means.settle()
+        for branch in self.branches:
+            rows, branch.rows = branch.rows, []
+            bad = means.series[f"{branch.prefix}loss"].first_bad()
+            if bad is not None:
+                which = f"training loss of the optimizer {branch.name!r}" if branch.name else "training loss"
+                found.append((*rows[bad], which))
+        if found:
+            batch, step, which = min(found, key=lambda row: row[0])
+            raise _not_finite(which, batch, self.run.epoch, step)
 
     def refuse_no_progress(self) -> None:
         """Refuse an epoch in which every update was skipped: with `max_steps` alone such a run would never end.
@@ -162,3 +208,10 @@ class Session:
         hook = self.plan.one(role)
         assert hook is not None
         return hook.where
+
+
+def _not_finite(which: str, batch: int, epoch: int, step: int) -> StepError:
+    return StepError(
+        f"the {which} was not finite (NaN or infinite) at batch {batch} of epoch {epoch}, "
+        f"global_step {step}; detect_anomaly=True finds the operation, on_nan='skip' leaves such updates out"
+    )

@@ -74,6 +74,8 @@ def restore(s: Session, state: State) -> None:
             )
         if optim.scheduler is not None:
             optim.scheduler.load_state_dict(state.schedulers[name])
+            # An epoch may end right after a resume: torch would warn of a scheduler that steps before its optimizer.
+            vars(optim.optimizer)["_opt_called"] = True
         # After the schedulers, some of which set learning rates.
         load_optimizer(optim.optimizer, state.optimizers[name], name or "optimizer")
     things = dict(_with_state(s))

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from .errors import StepError, nearest
-from .hooks import UNAVAILABLE
 from .plan import Select
 
 #: Keys of a step's result that are not metrics of their own.
@@ -52,8 +51,8 @@ def is_scalar(value: object) -> bool:
     return isinstance(value, Real)
 
 
-def read_result(outputs: object, where: str, training: bool = False) -> Result:
-    """Read what a step returned; `where` names the step in errors.
+def read_result(outputs: object, where: str, training: bool = False, carries: bool = False) -> Result:
+    """Read what a step returned; `where` names the step in errors; `carries`: something takes up a "carry".
 
     Raises:
         StepError: not a scalar tensor, not a dict with str keys, or a reserved key with a wrong value; in training also
@@ -69,7 +68,7 @@ def read_result(outputs: object, where: str, training: bool = False) -> Result:
             raise _no_gradient(where)
         return outputs, (), (), None, None
     if isinstance(outputs, Mapping):
-        result = _read_dict(outputs, where)
+        result = _read_dict(outputs, where, carries)
     elif outputs is None:
         result = None, (), (), None, None
     else:
@@ -97,7 +96,7 @@ def _no_gradient(where: str) -> StepError:
     )
 
 
-def _read_dict(outputs: Mapping[Any, Any], where: str) -> Result:
+def _read_dict(outputs: Mapping[Any, Any], where: str, carries: bool) -> Result:
     scalars, metrics = [], []
     for key, value in outputs.items():
         if not isinstance(key, str) or not key:
@@ -117,8 +116,11 @@ def _read_dict(outputs: Mapping[Any, Any], where: str) -> Result:
         _check_weight(weight, where)
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise StepError(f'{where} returned "batch_size": {size!r}; allowed: an int of at least 1')
-    if outputs.get("carry") is not None and "carry" in UNAVAILABLE:
-        raise StepError(f'{where} returned "carry", which nothing takes up yet; {UNAVAILABLE["carry"]}')
+    if not carries and outputs.get("carry") is not None:
+        raise StepError(
+            f'{where} returned "carry", which nothing takes up: it is handed from part to part of a batch in training, '
+            "which a @split_batch cuts; keep what the next batch needs in an attribute of the model"
+        )
     return loss, scalars, metrics, weight, size
 
 

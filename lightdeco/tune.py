@@ -112,6 +112,11 @@ class _Sweep:
     def _take_over(self, run: Run) -> None:
         found = optimizers()
         several = list(found.values()) if isinstance(found, dict) else [found]
+        if len(several) > 1:
+            raise MarkError(
+                f"ld.lr_find looks for one learning rate by one loss, and this model has {len(several)} optimizers; "
+                "give it a model with one of them"
+            )
         largest = max(_base(group, optimizer) for optimizer in several for group in optimizer.param_groups)
         for optimizer in several:
             ratios = [_base(group, optimizer) / largest if largest else 1.0 for group in optimizer.param_groups]

@@ -107,3 +107,27 @@ def test_mnist_without_a_network_names_the_other_example(tmp_path: Path) -> None
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert "could not be downloaded" in done.stderr
     assert "examples/digits.py" in done.stderr
+
+
+def test_both_forms_of_the_gan_end_in_the_same_weights(tmp_path: Path) -> None:
+    """Two marked steps and a manual one, with dropout, noise, clipping and schedules: bit for bit."""
+    gan = load("gan")
+    ends = [
+        gan.main(["--form", form, "--epochs", "3", "--root-dir", str(tmp_path / form)]) for form in ("marked", "manual")
+    ]
+    (marked, run), (manual, other) = ends
+    ours, theirs = marked.state_dict(), manual.state_dict()
+    assert list(ours) == list(theirs)
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+    assert run.global_step == other.global_step == 3 * 29
+    assert {"train/gen/loss", "train/disc/loss"} <= set(run.metrics)
+
+
+def test_the_character_model_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The loss goes down by more than a half of a nat, an update is made for each part, and a sample is printed."""
+    run = load("char_rnn").main(["--epochs", "2", "--root-dir", str(tmp_path)])
+    losses = [record["train/loss_epoch"] for record in run.history if "train/loss_epoch" in record]
+    assert losses[1] < losses[0] - 0.5
+    assert run.global_step == 2 * 4
+    assert run.progress.updates == {"": 2 * 4 * 15}
+    assert len(capsys.readouterr().out.splitlines()[-1]) > 0

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import lightdeco as ld
-from lightdeco.hooks import UNAVAILABLE
-from lightdeco.roles import ROLES
 
 QUIET: Any = {"logger": False, "progress_bar": False, "summary": False, "max_epochs": 1}
 BATCHES = [torch.ones(4, 2)] * 2
@@ -152,7 +150,7 @@ def test_keywords_take_all_that_is_offered() -> None:
         return self(kwargs["batch"]).mean()
 
     fit(net := with_step(step))
-    assert net.seen == [["dataloader_idx", "model", "run"]] * 2
+    assert net.seen == [["carry", "dataloader_idx", "model", "run"]] * 2
     fit(net := with_step(everything))
     assert net.seen == [["batch", "batch_idx", "dataloader_idx", "model", "run"]] * 2
 
@@ -164,40 +162,6 @@ def test_an_argument_beside_the_one_that_it_resembles_does_not_warn() -> None:
         return self(batch).mean() * models * weight
 
     assert fit(with_step(step)).global_step == 2
-
-
-# ---- what is not built yet -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", [name for name in UNAVAILABLE if name in ROLES])
-def test_a_role_that_does_nothing_yet_is_refused(name: str) -> None:
-    """Marked or attached, before the first batch; a submodule may carry it."""
-    assert f"@{name} is not available yet" in refusal(type("Net", (Base,), {"new": getattr(ld, name)(fresh(plain))})())
-    assert f"Base.{name}" in refusal(ld.attach(Base(), **{name: fresh(plain)}))
-
-    class Outer(Base):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = ld.attach(nn.Linear(2, 1), **{name: fresh(plain)})
-
-    assert fit(Outer()).global_step == 2
-
-
-@pytest.mark.parametrize(
-    "step",
-    [lambda self, batch, carry: 0, lambda self, x, *, carry=None: 0, lambda self, carry: 0],
-)
-def test_an_argument_that_is_never_given_yet_is_refused(step: Any) -> None:
-    """`carry` belongs to truncated backpropagation; also with a default, and in the first place."""
-    assert "the argument 'carry' is not available yet" in refusal(with_step(step))
-
-
-@pytest.mark.parametrize("options", [{"optimizer": "disc"}, {"every": 2}, {"manual": True}])
-def test_a_training_step_with_options_is_refused(options: Any) -> None:
-    """Marked and attached alike."""
-    step = ld.training_step(**options)(lambda self, batch: self(batch).mean())
-    assert "is not available yet; mark one training step without" in refusal(type("Net", (Base,), {"step": step})())
-    assert "is not available yet; mark one training step without" in refusal(ld.attach(Base(), training_step=step))
 
 
 # ---- the order of calls ----------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import lightdeco as ld
-from lightdeco.hooks import UNAVAILABLE
 from lightdeco.roles import REQUIRED, ROLES, STAGE_LOADER, STAGE_STEP
 
 QUIET: Any = {"logger": False, "progress_bar": False, "summary": False, "max_epochs": 1}
@@ -214,7 +213,7 @@ def test_a_trained_model_as_a_backbone_brings_no_noise() -> None:
 def test_an_undecorated_method_with_the_name_of_a_role_warns(name: str) -> None:
     """On the model, on a data object and on a callback, with the place and the decorator."""
     started = {"start": ld.on_train_start(eval("lambda self: None"))}
-    rest = "that is not available yet" if name in UNAVAILABLE else rf"but is not decorated; add @ld\.{name}$"
+    rest = rf"but is not decorated; add @ld\.{name}$"
     message = rf"\.{name} \(.*\) has the name of a role {rest}"
     with pytest.warns(ld.LightdecoWarning, match="Model" + message):
         fit(type("Model", (Net,), methods(name))())

@@ -119,6 +119,52 @@ def test_a_failing_event_of_a_callback_shows_at_most_five_frames(event: str) -> 
     assert 1 <= len(frames) <= 5, frames
 
 
+class Two(Net):
+    """A step for each of two optimizers, and parts of a batch."""
+
+    step = None
+
+    @ld.training_step(optimizer="a")
+    def first(self, part: Tensor, carry: Any) -> Tensor:
+        self.act("training_step")
+        return self(part).pow(2).mean()
+
+    @ld.training_step(optimizer="b")
+    def second(self, part: Tensor) -> Tensor:
+        return self(part).pow(2).mean()
+
+    @ld.split_batch(size=2)
+    def split(self, batch: Tensor, size: int) -> Any:
+        self.act("split_batch")
+        return batch.split(size)
+
+    @ld.lr_scheduler_step
+    def schedule(self, scheduler: Any) -> None:
+        scheduler.step()
+        self.act("lr_scheduler_step")
+
+    def optimizers(self) -> Any:
+        made = torch.optim.SGD(self.parameters(), 0.1), torch.optim.SGD(self.parameters(), 0.1)
+        schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 1) for optimizer in made]
+        return {n: ld.Optim(o, s, "step") for n, o, s in zip("ab", made, schedulers, strict=True)}
+
+
+class Driving(Net):
+    @ld.training_step(manual=True)
+    def step(self, batch: Tensor) -> None:
+        self.act("training_step")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fails"),
+    [(Two, n) for n in ("training_step", "split_batch", "lr_scheduler_step", "event:loss,optimizer", "event:optimizer")]
+    + [(Driving, "training_step")],
+)
+def test_several_steps_and_manual_ones_show_at_most_five_frames(kind: Any, fails: str) -> None:
+    """Batches of more than one plain step have a way of their own, which is as short."""
+    assert 1 <= len(own_frames(fit, kind(fails=fails))) <= 5
+
+
 @pytest.mark.parametrize("verb", [ld.validate, ld.test, ld.predict])
 def test_a_failure_in_an_evaluation_shows_at_most_five_frames(verb: Any) -> None:
     """The same for the other verbs."""

@@ -104,6 +104,31 @@ def verbs(net: Net, data: Data, batches: list[Batch]) -> None:
     print(next(outputs))
 
 
+class Gan(ld.OptimizerMixin, nn.Module):
+    @ld.training_step(optimizer="a", every=2)
+    def first(self, batch: Batch) -> Tensor:
+        return batch[0].mean()
+
+    @ld.split_batch(size=4)
+    def parts(self, batch: Batch, size: int) -> list[Batch]:
+        return [(batch[0][:size], batch[1][:size]), (batch[0][size:], batch[1][size:])]
+
+    @ld.backward
+    def back(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        ld.backward(loss, optimizer, retain_graph=True)
+
+    @ld.clip_gradients()
+    def clip(self, optimizer: torch.optim.Optimizer) -> None:
+        ld.clip_gradients(optimizer, 1.0, "value")
+
+    @ld.training_step(manual=True)
+    def drive(self, batch: Batch) -> Tensor:
+        assert_type(self.parts(batch, 2), list[Batch])
+        loss = self.first(batch)
+        self.manual_backward(loss)
+        return loss
+
+
 def attached(layer: nn.Linear) -> nn.Linear:
     """`attach` returns what it was given."""
     result = ld.attach(
