@@ -77,8 +77,13 @@ class Found(NamedTuple):
     checkpoint: Path | None
 
 
-def find(settings: Settings, class_name: str, which: str | os.PathLike[str]) -> Found:
-    """The checkpoint that `resume=` or `weights=` means: "auto", "last", "best", or a path.
+def find(
+    settings: Settings,
+    class_name: str,
+    which: str | os.PathLike[str],
+    words: tuple[str, ...] = ("auto", "last", "best"),
+) -> Found:
+    """The checkpoint that `resume=` or `weights=` means: one of the words, or a path.
 
     A path is a checkpoint, a folder of checkpoints or a run's directory. A name looks in `<root_dir>/<name>`, without a
     name in the newest `<root_dir>/<Class>/version_<n>`. Checkpoints that are passed over are named in a warning each.
@@ -86,8 +91,8 @@ def find(settings: Settings, class_name: str, which: str | os.PathLike[str]) -> 
     Raises:
         CheckpointError: there is none ("auto" starts anew then), or none of those that are there is valid.
     """
-    if which not in ("auto", "last", "best"):
-        return _at(Path(which), which)
+    if which not in words:
+        return _at(Path(which), which, words)
     directory = _existing(settings, class_name)
     where = directory or (Path(settings.root_dir) / (settings.name or class_name))
     newest = _newest(where / CHECKPOINTS)
@@ -106,17 +111,17 @@ def _existing(settings: Settings, class_name: str) -> Path | None:
     return max(versions, key=lambda path: int(path.name.removeprefix("version_")), default=None)
 
 
-def _at(path: Path, given: object) -> Found:
+def _at(path: Path, given: object, words: tuple[str, ...]) -> Found:
     if (path / MANIFEST).is_file():
         folder, found = path.parent, path
     else:
         folder = path if path.name == CHECKPOINTS else path / CHECKPOINTS
         newest = _newest(folder)
         if newest is None:
-            hint = nearest(str(given), ("auto", "last", "best"))
+            allowed = ", ".join(map(repr, words))
             raise CheckpointError(
-                f"{str(given)!r} is no checkpoint, and no directory that holds one; allowed: 'auto', 'last', 'best', "
-                f"the path of a checkpoint or of a run{hint}"
+                f"{str(given)!r} is no checkpoint, and no directory that holds one; allowed: {allowed}, the path of a "
+                f"checkpoint or of a run{nearest(str(given), words)}"
             )
         found = newest
     return Found(folder.parent if folder.name == CHECKPOINTS else None, found)

@@ -14,6 +14,7 @@ from .curves import (
     deciding,
     epochs,
     is_evaluated,
+    is_noisy,
     not_finite,
     panels,
     smoothed,
@@ -87,16 +88,17 @@ def _draw(ax: "Axes", kind: str, members: Mapping[str, Curve], bests: Mapping[st
         colour = colours.setdefault(name.removesuffix("_epoch"), _COLOURS[len(colours) % len(_COLOURS)])
         steps, values = [step for step, _ in points], [value for _, value in points]
         note = not_finite(points)
-        label = f"{_escaped(name)} ({note})" if note else _escaped(name)
+        label = _short(_escaped(name)) + (f" ({note})" if note else "")
         if is_evaluated(name):
             ax.plot(steps, values, color=colour, linewidth=1.6, marker="o", markersize=_size(points), label=label)
         elif name.endswith("_epoch"):
             ax.plot(steps, values, color=colour, linewidth=1.2, linestyle="--", marker=".", label=label)
-        elif len(steps) > DENSE:
+        elif is_noisy(name, points):
             ax.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
-            ax.plot(steps, smoothed(values), color=colour, linewidth=1.3, label=label)
+            ax.plot(*zip(*smoothed(points), strict=True), color=colour, linewidth=1.3, label=label)
         else:
-            ax.plot(steps, values, color=colour, linewidth=1.0, marker=".", markersize=4, label=label)
+            marker = "." if len(steps) <= DENSE else ""
+            ax.plot(steps, values, color=colour, linewidth=1.0, marker=marker, markersize=4, label=label)
     if kind == "loss":
         _ring(ax, members, bests)
         if wants_log(members.values()):
@@ -126,17 +128,16 @@ def _ring(ax: "Axes", members: Mapping[str, Curve], bests: Mapping[str, Best]) -
         step, value, epoch = bests[name]
         place = f"at step {step:g}" + (f", epoch {epoch}" if epoch is not None else "")
         # Of several loaders the part between "val/" and "/loss" says which.
-        which = "" if len(names) == 1 else f" {_escaped(name.removeprefix('val/').rpartition('/')[0])}"
+        which = "" if len(names) == 1 else f" {_short(_escaped(name.removeprefix('val/').rpartition('/')[0]), 20)}"
         ax.plot([step], [value], linestyle="none", label=f"best{which}: {value:.4g} {place}", **style)
 
 
 def _legend(ax: "Axes") -> None:
     handles, labels = ax.get_legend_handles_labels()
     many = len(labels) > _LEGEND
-    short = [label if len(label) <= 48 else f"{label[:23]}…{label[-24:]}" for label in labels]
     ax.legend(
         handles,
-        short,
+        labels,
         fontsize=6 if many else 8,
         ncols=2 if many else 1,
         labelcolor=_GREY,
@@ -149,6 +150,11 @@ def _legend(ax: "Axes") -> None:
 def _size(points: Curve) -> float:
     """The size of markers: many of them would hide the line."""
     return 4.0 if len(points) <= DENSE else 2.0
+
+
+def _short(text: str, longest: int = 40) -> str:
+    """A text cut in its middle: names differ at their ends."""
+    return text if len(text) <= longest else f"{text[: longest // 2]}…{text[-longest // 2 + 1 :]}"
 
 
 def _escaped(text: str) -> str:

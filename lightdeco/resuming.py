@@ -35,10 +35,15 @@ def look(plan: Plan, settings: Settings, writes: bool, weights: Weights) -> Resu
 
     Raises:
         CheckpointError: there is none, or none is valid.
+        SettingsError: `weights` is of another type, or `overwrite` is set beside `resume`.
     """
     name = type(plan.model).__name__
     if weights is not None:
-        return Resumed(None, find(settings, name, weights).checkpoint, None)
+        if not isinstance(weights, (str, os.PathLike)) or weights in ("", "auto"):
+            raise SettingsError(
+                f"weights is {weights!r}; allowed: 'best', 'last', the path of a checkpoint or a run, None"
+            )
+        return Resumed(None, find(settings, name, weights, ("last", "best")).checkpoint, None)
     which = settings.resume
     if plan.verb != "fit" or which is None:
         return None
@@ -48,7 +53,8 @@ def look(plan: Plan, settings: Settings, writes: bool, weights: Weights) -> Resu
     if settings.overwrite:
         raise SettingsError(f"overwrite=True would delete the run that resume={which!r} goes on with; give one of them")
     directory, path = find(settings, name, which)
-    if settings.name is not None and directory != Path(settings.root_dir) / settings.name:
+    named = None if settings.name is None else (Path(settings.root_dir) / settings.name).resolve()
+    if directory is not None and named not in (None, directory.resolve()):
         directory = None  # the run goes on under a name of its own
     return Resumed(directory, path, checkpoint.load(path) if path is not None else None)
 
@@ -108,8 +114,5 @@ def go_on(s: Session, resumed: Resumed) -> None:
     if s.saver is None or state is None or directory is None:
         return
     policy = s.saver.policy
-    policy.load_state_dict(state.callbacks.get(POLICY, {"kept": {}, "last": None}))
-    for name in [*policy.kept, *([policy.last] if policy.last else [])]:
-        if not (s.saver.directory / name).is_dir():
-            policy.forget(name)
+    policy.load_state_dict(state.callbacks[POLICY])
     s.saver.show()

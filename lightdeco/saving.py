@@ -10,7 +10,8 @@ import torch
 from . import checkpoint
 from .callbacks.model_checkpoint import ModelCheckpoint
 from .checkpoint import Snapshot, State
-from .errors import CheckpointError, LightdecoError, StepError, warn
+from .checkpoint.content import encode
+from .errors import CheckpointError, LightdecoError, SettingsError, StepError, warn
 from .session import Session
 from .state import collect, collect_metrics
 
@@ -23,9 +24,17 @@ class Saver:
 
     `boundary` is called between two steps, where a run can be continued. A write that fails is one warning, and is
     tried again when the next one is due; at the end of the run it raises.
+
+    Raises:
+        SettingsError: the policy has a monitor, and the run no validation.
     """
 
     def __init__(self, session: Session, policy: ModelCheckpoint, directory: Path) -> None:
+        if policy.monitor is not None and not policy.optional and "val" not in session.loaders:
+            raise SettingsError(
+                f"ModelCheckpoint(monitor={policy.monitor!r}): this run has no validation that could record it; leave "
+                "monitor out, or give validation data and a @validation_step"
+            )
         self._session, self.policy, self.directory = session, policy, directory
         self._validated = False  # since the last boundary
         self._metrics: dict[str, Any] | None = None  # of an epoch that is being ended
@@ -78,11 +87,12 @@ class Saver:
             CheckpointError: it could not be written.
         """
         self._write_held(final=True)
-        if self._saved != self._position():
+        run, policy = self._session.run, self.policy
+        pruned = run.global_step > 0 and policy.last not in policy.keep()  # or there is none in this directory
+        if self._saved != self._position() or pruned:
             self._write_now(self._score, final=True)
         self._score = None
         self._join(final=True)
-        self._prune(ending=True)
 
     def fail(self, error: BaseException) -> None:
         """On an error: write what is held and, where the error came between two updates, the state; never raises."""
@@ -93,8 +103,10 @@ class Saver:
             if self.policy.on_exception and self._sound(error) and self._saved != self._position():
                 self._write_now(final=True)
             self._join(final=True)
-        except LightdecoError as failure:
-            warn(f"the run could not be saved after {type(error).__name__}: {failure}")
+        except Exception as failure:  # the first error is the one to be seen; this one may be the user's own
+            if str(failure) != str(error):
+                what = "" if isinstance(failure, LightdecoError) else f"{type(failure).__name__}: "
+                warn(f"the run could not be saved after {type(error).__name__}: {what}{failure}")
 
     # ---- writing -----------------------------------------------------------------------------------------------------
 
@@ -113,11 +125,18 @@ class Saver:
             return False
         return True
 
-    def _state(self) -> tuple[State, str]:
+    def _state(self, final: bool) -> tuple[State, str]:
         s = self._session
         s.refuse_nan()
         self._refuse_bad_weights()
-        name = self.policy.name(s.run.global_step, s.run.epoch, s.run.metrics)
+        step = s.run.global_step
+        try:
+            name = self.policy.name(step, s.run.epoch, s.run.metrics)
+        except SettingsError as error:
+            if not final:
+                raise
+            name = f"step={step:08d}"  # a signal may come before the first validation
+            warn(f"the last checkpoint is called {name}: {error}")
         return collect(s, self._metrics), name
 
     def _refuse_bad_weights(self) -> None:
@@ -140,12 +159,17 @@ class Saver:
         state, name = self._ranked(score)
         self._held = checkpoint.snapshot(state), name, self._position()
 
-    def _ranked(self, score: float | None) -> tuple[State, str]:
+    def _ranked(self, score: float | None, final: bool = False) -> tuple[State, str]:
         """The state as it is now, with what the policy knows once it is written."""
-        state, name = self._state()
-        self.policy.rank(name, score)
+        self._join()  # before the policy changes, by which the thread prunes
+        state, name = self._state(final)
+        self.policy.rank(name, score, self._session.run.global_step)
         state.callbacks[POLICY] = self.policy.state_dict() | {"last": name}
         return state, name
+
+    @property
+    def _holding(self) -> str | None:
+        return None if self._held is None else self._held[1]
 
     def _write_held(self, final: bool = False) -> None:
         held, self._held = self._held, None
@@ -153,20 +177,22 @@ class Saver:
             self._write(*held, final)
 
     def _write_now(self, score: float | None = None, final: bool = False) -> None:
-        self._write(*self._ranked(score), self._position(), final)
+        self._write(*self._ranked(score, final), self._position(), final)
 
     def _write(self, state: State | Snapshot, name: str, position: tuple[int, ...], final: bool) -> None:
         self._join(final)
         self.policy.written(name, self._session.run.global_step)
         self._saved = position
         if not self.policy.background or final:
-            self._attempt(lambda: self._save(state, name), name, final)
+            # Encoded first: what cannot be kept never can, so that it ends the run now.
+            content = state if isinstance(state, Snapshot) else encode(state)
+            self._attempt(lambda: self._save(content, name, final), name, final)
             return
         copied = state if isinstance(state, Snapshot) else checkpoint.snapshot(state)
 
         def work() -> None:
             try:
-                self._save(copied, name)
+                self._save(copied, name, final)
             except BaseException as error:
                 self._failure = error
 
@@ -199,18 +225,21 @@ class Saver:
                 self._warned = True
                 warn(f"the run could not be saved, training goes on: {error}; it is tried again, and fails at the end")
 
-    def _save(self, state: State | Snapshot, name: str) -> None:
-        checkpoint.save(self.directory, name, state)
+    def _save(self, content: Snapshot, name: str, final: bool) -> None:
+        checkpoint.save(self.directory, name, content)
         self.show()
-        self._prune()
+        self._prune(final)
 
     def show(self) -> None:
-        """Tell the run which checkpoints are the last and the best."""
+        """Tell the run which checkpoints are the last and the best, of those that are there."""
+        for name in self.policy.keep(ending=True) - {self._holding}:
+            if not (self.directory / name).is_dir():
+                self.policy.forget(name)
         run, last, best = self._session.run, self.policy.last, self.policy.best
         run.last_checkpoint = None if last is None else self.directory / last
         run.best_checkpoint, run.best_score = (None, None) if best is None else (self.directory / best[0], best[1])
 
-    def _prune(self, ending: bool = False) -> None:
+    def _prune(self, ending: bool) -> None:
         keep = self.policy.keep(ending)
         if keep:
             checkpoint.prune(self.directory, keep)

@@ -28,7 +28,11 @@ class Signals:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Catch the signals until the end; Python allows it in the main thread only, elsewhere nothing is caught."""
+        """Catch the signals until the end; Python allows it in the main thread only, elsewhere nothing is caught.
+
+        Raises:
+            SystemExit, KeyboardInterrupt: one came, and nothing has ended the run for it yet.
+        """
         if threading.current_thread() is threading.main_thread():
             for number in _ENDS:
                 before = signal.getsignal(number)
@@ -39,6 +43,7 @@ class Signals:
         finally:
             for number, before in self._before.items():
                 signal.signal(number, signal.SIG_DFL if before is None else before)
+        self.end()  # one that came in the last events
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again = self.received == number == signal.SIGINT

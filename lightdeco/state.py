@@ -1,9 +1,12 @@
 """What a checkpoint holds of a run: `collect` reads it from a session, `restore` puts it back."""
 
+import os
 import platform
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from datetime import timedelta
+from itertools import zip_longest
 from time import monotonic
 from typing import Any, Final
 
@@ -12,20 +15,20 @@ import torch
 
 from .checkpoint import State, load_optimizer
 from .errors import CheckpointError, warn
+from .loggers.masking import mask
 from .plan import Hook
 from .session import Session
 
 #: The corner of the checkpoint that holds the states of the loggers, such as the id of a vendor's run.
 LOGGERS: Final = "(loggers)"
+#: The corner that says of which kinds and parameters the optimizers are; their own states only count them.
+OPTIMIZERS: Final = "(optimizers)"
 
 
 def collect(s: Session, metrics: Mapping[str, Any] | None = None) -> State:
     """The state between two steps. The tensors are the live ones: it must be written or copied before the next step.
 
     `metrics`: what `collect_metrics` gave, where that was taken away meanwhile.
-
-    Raises:
-        CheckpointError: something has a state that is no dict.
     """
     from . import __version__
 
@@ -45,7 +48,7 @@ def collect(s: Session, metrics: Mapping[str, Any] | None = None) -> State:
         random=_random(),
         hparams=run.hparams,
         settings=_settings(s),
-        extra=corners | {LOGGERS: run.loggers.state_dict()},
+        extra=corners | {LOGGERS: run.loggers.state_dict(), OPTIMIZERS: _kinds(s)},
         versions={"lightdeco": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
     )
 
@@ -59,19 +62,11 @@ def restore(s: Session, state: State) -> None:
     """Put a state back into a session that was made ready: all but the model's weights, which go first.
 
     Raises:
-        CheckpointError: the state is of other optimizers, or of other parameters.
+        CheckpointError: the state is of other optimizers, schedulers or parameters.
     """
     run = s.run
-    if state.optimizers.keys() != run.optims.keys():
-        raise CheckpointError(
-            f"the checkpoint has the optimizers {_names(state.optimizers)}; this run has {_names(run.optims)}"
-        )
+    _compare_optimizers(state.extra[OPTIMIZERS], _kinds(s))
     for name, optim in run.optims.items():
-        if (optim.scheduler is not None) != (name in state.schedulers):
-            raise CheckpointError(
-                f"the checkpoint was written {'with' if name in state.schedulers else 'without'} a scheduler, and this "
-                "run is the other way round; start it anew, with the weights alone: ld.load_weights(model, path)"
-            )
         if optim.scheduler is not None:
             optim.scheduler.load_state_dict(state.schedulers[name])
             # An epoch may end right after a resume: torch would warn of a scheduler that steps before its optimizer.
@@ -117,10 +112,6 @@ def _position(s: Session) -> dict[str, Any]:
     }
 
 
-def _names(things: Mapping[str, object]) -> list[str]:
-    return sorted(things)
-
-
 def _owners(s: Session) -> dict[int, str]:
     """A name for each object with marks, by its id: "model", "data", or the class of a callback and its number."""
     named: dict[int, str] = {}
@@ -154,9 +145,61 @@ def _has_state(thing: object) -> bool:
 
 def _settings(s: Session) -> dict[str, Any]:
     """The settings as plain values, for people; nothing reads them back."""
-    plain = (bool, int, float, str, type(None))
     found = {name: getattr(s.settings, name) for name in vars(s.settings) if name not in ("callbacks", "hparams")}
-    return {name: value if isinstance(value, plain) else repr(value) for name, value in found.items()}
+    return mask({name: _plain(value) for name, value in found.items()})
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (os.PathLike, timedelta)):
+        return str(value)
+    # Of an object its class: what it was made with may be secret.
+    return value if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
+
+
+# ---- optimizers ------------------------------------------------------------------------------------------------------
+
+
+def _kinds(s: Session) -> dict[str, dict[str, Any]]:
+    names = {id(parameter): name for name, parameter in s.plan.model.named_parameters()}
+    return {
+        name: {
+            "optimizer": type(optim.optimizer).__name__,
+            "scheduler": None if optim.scheduler is None else type(optim.scheduler).__name__,
+            # Those that are not the model's have no name.
+            "parameters": [[names.get(id(p)) for p in group["params"]] for group in optim.optimizer.param_groups],
+        }
+        for name, optim in s.run.optims.items()
+    }
+
+
+def _compare_optimizers(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    if saved.keys() != present.keys():
+        raise _other("the names of the optimizers", sorted(saved), sorted(present))
+    for name, now in present.items():
+        for what, value in now.items():
+            before = saved[name][what]
+            if before != value and what != "parameters":
+                raise _other(f"the {what}" + (f" of {name!r}" if name else ""), before, value)
+            if before != value:
+                pairs = zip_longest(_flat(before), _flat(value), fillvalue="none")
+                sizes = [len(group) for group in before], [len(group) for group in value]
+                first = next((pair for pair in pairs if pair[0] != pair[1]), sizes)
+                raise _other("the optimizer's parameters are in other places, first", *first)
+
+
+def _flat(groups: list[list[str | None]]) -> list[str | None]:
+    return [name for group in groups for name in group]
+
+
+def _other(what: str, before: object, now: object) -> CheckpointError:
+    return CheckpointError(
+        f"{what}: {before!r} in the checkpoint, {now!r} in this run, which cannot go on with its state; make it as it "
+        "was, or start anew with the weights alone: ld.load_weights(model, path)"
+    )
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

@@ -145,3 +145,178 @@ def test_what_a_checkpoint_holds(tmp_path: Path) -> None:
     assert set(names) == {run.last_checkpoint.name, run.best_checkpoint.name}  # type: ignore[union-attr]
     assert load_file(run.last_checkpoint / "model.safetensors").keys() == model.state_dict().keys()
     assert checkpoint.load(run.last_checkpoint).progress["global_step"] == 21
+
+
+# ---- another run than before -----------------------------------------------------------------------------------------
+
+
+class Counts:
+    """A callback with a state, and a note of what it was given back."""
+
+    def __init__(self, value: int = 0) -> None:
+        self.value, self.loaded, self.corner = value, None, None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loaded = state["value"]
+
+    @ld.on_save_checkpoint
+    def keep(self, state: Any) -> None:
+        state["value"] = -self.value
+
+    @ld.on_load_checkpoint
+    def take(self, state: Any) -> None:
+        self.corner = state.get("value")
+
+
+class Others(Counts):
+    """Another class."""
+
+
+def changed(model: nn.Module, tmp_path: Path) -> str:
+    """Resume with another model; the refusal, before any step."""
+    steps: list[int] = []
+
+    class Watches:
+        @ld.on_train_batch_start
+        def watch(self) -> None:
+            steps.append(1)
+
+    with pytest.raises(ld.CheckpointError) as error:
+        fit(tmp_path, model, resume="auto", max_epochs=4, callbacks=[Watches()])
+    assert not steps
+    return str(error.value)
+
+
+def with_optimizer(make: Any) -> nn.Module:
+    """A net with another optimizer or scheduler."""
+
+    class Other(Net):
+        @ld.configure_optimizers
+        def adam(self) -> Any:
+            return make(self)
+
+    return Other()
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    """With the names and shapes that differ."""
+    fit(tmp_path, max_epochs=1)
+    wider, renamed = Net(), Net()
+    wider.net[4] = nn.Linear(16, 5)
+    renamed.body, renamed.net = renamed.net, nn.Sequential()
+    assert "'net.4.weight' is (3, 16) in the file, (5, 16) in the model" in changed(wider, tmp_path)
+    assert "'body.0.weight'; did you mean 'net.0.weight'?" in changed(renamed, tmp_path)
+
+
+def test_another_optimizer_or_scheduler_is_refused(tmp_path: Path) -> None:
+    """Also of a kind with the same state, and with parameters in another order, which no state shows."""
+    adamw, cycle = torch.optim.AdamW, torch.optim.lr_scheduler.OneCycleLR
+    step = torch.optim.lr_scheduler.StepLR
+
+    def with_(optimizer: Any, scheduler: Any) -> Any:
+        return ld.Optim(optimizer, scheduler, interval="step")
+
+    def schedule(optimizer: Any) -> Any:
+        return with_(optimizer, cycle(optimizer, 0.05, total_steps=100))
+
+    fit(tmp_path, max_epochs=1)
+    cases = {
+        "the optimizer: 'AdamW' in the checkpoint, 'Adam'": lambda m: schedule(torch.optim.Adam(m.parameters())),
+        "the scheduler: 'OneCycleLR' in the checkpoint, None": lambda m: adamw(m.parameters()),
+        "'OneCycleLR' in the checkpoint, 'StepLR'": lambda m: with_(o := adamw(m.parameters()), step(o, 1)),
+        "'net.0.weight' in the checkpoint, 'net.4.bias'": lambda m: schedule(adamw([*m.parameters()][::-1])),
+        "first: 'net.4.bias' in the checkpoint, 'none'": lambda m: schedule(adamw([*m.parameters()][:-1])),
+        "first: [6] in the checkpoint, [2, 4]": lambda m: schedule(
+            adamw([{"params": [*m.parameters()][:2]}, {"params": [*m.parameters()][2:]}])
+        ),
+        "the names of the optimizers: [''] in the checkpoint, ['a']": lambda m: {"a": schedule(adamw(m.parameters()))},
+    }
+    for words, make in cases.items():
+        message = changed(with_optimizer(make), tmp_path)
+        assert words in message
+        assert "ld.load_weights(model, path)" in message
+
+
+def test_callbacks_are_found_by_class_and_order(tmp_path: Path) -> None:
+    """Moved ones get their own state, new ones none, and what nobody takes is named."""
+    fit(tmp_path, max_epochs=1, callbacks=[Counts(1), Counts(2), Others(3)])
+    moved = [Others(), Counts(), Counts()]
+    fit(tmp_path, max_epochs=2, resume="auto", callbacks=moved)
+    assert [(c.loaded, c.corner) for c in moved] == [(3, -3), (1, -1), (2, -2)]
+    fit(tmp_path, max_epochs=3, resume="auto", callbacks=[*(one := [Counts(7)]), Counts(), Counts(), Others()])
+    assert one[0].loaded == 0
+    with pytest.warns(ld.LightdecoWarning, match="holds a state of the callback Others, which this run does not have"):
+        fit(tmp_path, max_epochs=4, resume="auto", callbacks=[Counts(), Counts(), Counts()])
+
+
+def test_scores_of_another_monitor_count_no_more(tmp_path: Path) -> None:
+    """They cannot be compared; from no monitor to one there is nothing to say."""
+    fit(tmp_path, max_epochs=1, checkpoint=ModelCheckpoint())
+    fit(tmp_path, max_epochs=2, resume="auto", checkpoint=ModelCheckpoint("val/loss"))
+    with pytest.warns(ld.LightdecoWarning, match=r"goes on with monitor='val/loss', mode='max'.*step=00000014"):
+        run = fit(tmp_path, max_epochs=3, resume="auto", checkpoint=ModelCheckpoint("val/loss", mode="max"))[1]
+    assert run.best_score == run.metrics["val/loss"]
+    assert run.best_checkpoint == run.last_checkpoint
+
+
+def test_the_seed_stays(tmp_path: Path, whole: Any) -> None:
+    """One that was drawn is taken from the checkpoint; another one is refused."""
+    fit(tmp_path, max_epochs=1)
+    with pytest.raises(ld.SettingsError, match=r"seed=6: the run to resume has seed=5.*; leave it out"):
+        fit(tmp_path, resume="auto", seed=6)
+    same(fit(tmp_path, resume="auto", seed=None), whole)
+
+
+def test_what_changes_the_batches_is_named(tmp_path: Path) -> None:
+    """A dataset of another size."""
+    fit(tmp_path, max_epochs=1)
+    other = DataLoader(Noisy(30), batch_size=8, shuffle=True), DataLoader(Noisy(10), batch_size=4)
+    with pytest.warns(ld.LightdecoWarning, match="had 7 batches when the checkpoint was written and has 4 now"):
+        ld.fit(Net(), other, **QUIET, root_dir=tmp_path, name="run", max_epochs=2, resume="auto")
+
+
+def test_the_data_object_gets_its_state_first(tmp_path: Path) -> None:
+    """Before it is asked for a loader, whose samples may depend on it."""
+
+    class Data:
+        size, asked = 8, list[int]()
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"size": self.size}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.size = state["size"]
+
+        @ld.train_dataloader
+        def loader(self) -> Any:
+            self.asked.append(self.size)
+            return DataLoader(Noisy(self.size), batch_size=8)
+
+    data = Data()
+    data.size = 24
+    ld.fit(Net(), data, **QUIET, root_dir=tmp_path, name="run", max_epochs=1)
+    ld.fit(Net(), Data(), **QUIET, root_dir=tmp_path, name="run", max_epochs=2, resume="auto")
+    assert Data.asked == [24, 24]
+
+
+def test_a_run_that_stopped_early_stays_stopped(tmp_path: Path) -> None:
+    """More epochs do not wake it."""
+    stop = {"callbacks": ld.EarlyStopping(patience=1, min_delta=1e9), "checkpoint": ModelCheckpoint()}
+    first = fit(tmp_path, max_epochs=9, **stop)[1]
+    stop["callbacks"] = ld.EarlyStopping(patience=1, min_delta=1e9)
+    again = fit(tmp_path, max_epochs=20, resume="auto", **stop)[1]
+    assert first.epoch < 9
+    assert (again.epoch, again.stop_reason) == (first.epoch, first.stop_reason)
+
+
+def test_resume_without_files(tmp_path: Path) -> None:
+    """fast_dev_run begins anew and says so; checkpoint=False goes on and saves nothing."""
+    fit(tmp_path, max_epochs=1)
+    with pytest.warns(ld.LightdecoWarning, match="resume='auto' has no effect with fast_dev_run"):
+        assert fit(tmp_path, resume="auto", fast_dev_run=True)[1].global_step == 1
+    run = fit(tmp_path, resume="auto", checkpoint=False, max_epochs=2)[1]
+    assert run.global_step == 14
+    assert [path.name for path in (run.dir / "checkpoints").iterdir()] == ["step=00000007"]

@@ -3,12 +3,14 @@
 import math
 import string
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from lightdeco.errors import SettingsError, nearest
+from lightdeco.errors import CheckpointError, SettingsError, nearest, warn
 
 _MODES = ("min", "max")
+_FORBIDDEN = '/\\:*?"<>|'
+_CONVERSIONS: dict[str | None, Callable[[float], object]] = {None: lambda value: value, "r": repr, "s": str, "a": ascii}
 
 
 class ModelCheckpoint:
@@ -85,16 +87,27 @@ class ModelCheckpoint:
         self.kept: dict[str, float | None] = {}
         #: The newest checkpoint.
         self.last: str | None = None
+        #: The `global_step` of each of them.
+        self.steps: dict[str, int] = {}
         self._written = time.monotonic()
         self._step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The kept checkpoints and the last one, by name."""
-        return {"kept": dict(self.kept), "last": self.last}
+        """The kept checkpoints and the last one, by name, and what decides."""
+        decides = {"monitor": self.monitor, "mode": self.mode}
+        return {"kept": dict(self.kept), "last": self.last, "steps": dict(self.steps)} | decides
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
-        self.kept, self.last = dict(state["kept"]), state["last"]
+        """Take over what `state_dict` returned; scores of another monitor or mode count no more."""
+        self.last, self.steps = state["last"], dict(state["steps"])
+        same = (self.monitor, self.mode) == (state["monitor"], state["mode"])
+        self.kept = dict(state["kept"]) if same else {}
+        if not same and any(score is not None for score in state["kept"].values()):
+            warn(
+                f"the run was begun with ModelCheckpoint(monitor={state['monitor']!r}, mode={state['mode']!r}) and "
+                f"goes on with monitor={self.monitor!r}, mode={self.mode!r}: its checkpoints {sorted(state['kept'])} "
+                "are no longer kept for their score"
+            )
 
     @property
     def validates(self) -> bool:
@@ -128,7 +141,9 @@ class ModelCheckpoint:
                 return None
             names = ", ".join(sorted(metrics)) or "none"
             hint = nearest(self.monitor, metrics)
-            raise SettingsError(f"ModelCheckpoint(monitor={self.monitor!r}) was not recorded; recorded: {names}{hint}")
+            raise SettingsError(
+                f"ModelCheckpoint(monitor={self.monitor!r}) was not recorded by the validation; recorded: {names}{hint}"
+            )
         return metrics[self.monitor]
 
     def improves(self, score: float) -> bool:
@@ -146,37 +161,51 @@ class ModelCheckpoint:
     # ---- which -------------------------------------------------------------------------------------------------------
 
     def name(self, step: int, epoch: int, metrics: Mapping[str, float]) -> str:
-        """The name of a checkpoint's directory.
+        """The name of a checkpoint's directory; a name that another step has taken gets the step in addition.
 
         Raises:
-            SettingsError: `filename` asks for a metric that was not recorded, or gives no name of a file.
+            SettingsError: `filename` asks for a metric that was not recorded, or gives no name of a directory.
         """
+        from lightdeco.checkpoint.storage import check_name
+
         if self.filename is None:
             return f"step={step:08d}"
         values = {**metrics, "step": step, "epoch": epoch}
+        where, found = f"ModelCheckpoint(filename={self.filename!r})", ""
+        for literal, field, spec, conversion in string.Formatter().parse(self.filename):
+            found += literal
+            if field is None:
+                continue
+            if field not in values:
+                known = ", ".join(sorted(values))
+                raise SettingsError(f"{where}: {field!r} was not recorded; known: {known}{nearest(field, values)}")
+            try:
+                found += f"{_CONVERSIONS[conversion](values[field]):{spec}}"
+            except ValueError as error:
+                raise SettingsError(f"{where}: {field}={values[field]!r} with {spec!r}: {error}") from error
+        if self.steps.get(found, step) != step:
+            found += f"-step={step:08d}"
         try:
-            found = self.filename.format_map(values)
-        except (KeyError, ValueError, IndexError, AttributeError) as error:
-            known = ", ".join(sorted(values))
-            raise SettingsError(f"ModelCheckpoint(filename={self.filename!r}): {error}; known: {known}") from error
-        if not found or found.startswith(".") or any(c in found for c in "/\\\0") or len(found.encode()) > 200:
-            raise SettingsError(
-                f"ModelCheckpoint(filename={self.filename!r}) gives {found!r}, which is no name of a directory"
-            )
+            check_name(found)
+        except CheckpointError as error:
+            raise SettingsError(f"{where}: {error}") from error
         return found
 
     def written(self, name: str, step: int) -> None:
         """Take note of a checkpoint that was written."""
         self._written, self._step, self.last = time.monotonic(), step, name
+        self.steps = {known: self.steps[known] for known in self.keep(ending=True)}
 
-    def rank(self, name: str, score: float | None) -> None:
+    def rank(self, name: str, score: float | None, step: int) -> None:
         """Take a checkpoint among those that stay; `score` is None for one that no validation chose."""
+        self.steps[name] = step
         if score is None and self.monitor is not None:
             return
         self.kept.pop(name, None)
-        self.kept[name] = score
-        if self.monitor is not None:
-            self.kept = dict(sorted(self.kept.items(), key=self._order))
+        if self.monitor is None:
+            self.kept[name] = score
+        else:  # of equal ones the first is the best, as when only one is kept
+            self.kept = dict(sorted({name: score, **self.kept}.items(), key=self._order))
         while self.save_top_k is not None and len(self.kept) > self.save_top_k:
             del self.kept[next(iter(self.kept))]
 
@@ -230,6 +259,22 @@ def _check_filename(filename: object) -> None:
     if not isinstance(filename, str) or not filename:
         raise _wrong("filename", filename, "a text such as 'epoch={epoch}', None")
     try:
-        list(string.Formatter().parse(filename))
+        for literal, field, spec, conversion in string.Formatter().parse(filename):
+            if found := [c for c in literal if c in _FORBIDDEN or c < " "]:
+                raise ValueError(f"{found[0]!r} cannot be in the name of a directory")
+            if field is not None and (not field or field.isdecimal()):
+                raise ValueError("a field needs a name")
+            if conversion not in _CONVERSIONS:
+                raise ValueError(f"unknown conversion {conversion!r}")
+            _check_spec(spec or "")
+        if filename.startswith("."):
+            raise ValueError("it begins with a dot")
     except ValueError as error:
         raise _wrong("filename", filename, f"a text such as 'epoch={{epoch}}' ({error})") from error
+
+
+def _check_spec(spec: str) -> None:
+    try:
+        format(1.0, spec)
+    except ValueError:
+        format(1, spec)

@@ -33,6 +33,7 @@ import torch
 
 import lightdeco as ld
 from lightdeco.callbacks.model_checkpoint import ModelCheckpoint
+from tests.faults import cases
 from tests.faults.training import EPOCHS, Case, Net, fingerprint, run
 
 OFTEN: Final = ModelCheckpoint(monitor="val/loss", save_top_k=2, every_n_steps=1)
@@ -478,6 +479,16 @@ def logger_raises(root: Path, rng: random.Random, known: References) -> None:
     compare(finish(root, Case({"logger": ["csv", Raising()]})), expected)
 
 
+def in_one_process(case: Callable[[Path, random.Random], None]) -> Try:
+    """A case that needs one start, whatever it does there."""
+
+    def one(root: Path, rng: random.Random, known: References) -> None:
+        ended = start(lambda: case(root, rng))
+        assert ended.status == 0, f"status {ended.status}\n{ended.text[-3000:]}"
+
+    return one
+
+
 def two_at_once(root: Path, rng: random.Random, known: References) -> None:
     """A second run in the same directory is refused, with process and host of the first, which is not disturbed."""
     case = Case()
@@ -562,6 +573,7 @@ CASES: Final[dict[str, tuple[str, Try]]] = {
     "Ctrl-C twice": ("38", signalled(signal.SIGINT, 130, times=2)),
     "NaN": ("44", bad_numbers),
     "two runs in one directory": ("50", two_at_once),
+    **{name: (rows, in_one_process(case)) for name, (rows, case) in cases.CASES.items()},
 }
 
 
