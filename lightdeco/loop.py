@@ -282,8 +282,8 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
                     _evaluate(s, "val")
                 if saver is not None:
                     saver.boundary()
-            if limits.reached() is not None:
-                return progress.batch == run.num_train_batches
+                if limits.reached() is not None:
+                    return progress.batch == run.num_train_batches
     run.batch = None
     if progress.batch == 0 and not skipped:
         raise _empty(f"train loader yielded no batch in epoch {progress.epoch}", used_up=progress.epoch > 0)

@@ -62,9 +62,11 @@ def opened(
         status = "interrupted" if interrupted else "failed"
         if not isinstance(error, GeneratorExit):
             with process.entered(), active(run):
-                call["on_exception"](error)
-                if session.saver is not None:
-                    session.saver.fail(error)
+                try:
+                    call["on_exception"](error)
+                finally:
+                    if session.saver is not None:
+                        session.saver.fail(error)
         raise
     finally:
         with process.entered(), active(run):
@@ -122,6 +124,7 @@ def _set_up(s: Session, writes: bool, stack: ExitStack, resumed: resuming.Resume
 
 def _open_directory(s: Session, stack: ExitStack, resumed: resuming.Resumed | None) -> None:
     run, settings = s.run, s.settings
+    policy = resuming.policy(settings, "val" in s.loaders) if s.plan.verb == "fit" else None
     directory = resumed.directory if resumed is not None else None
     if directory is None:  # made last: what was refused before leaves nothing behind
         directory = make_directory(settings, type(s.plan.model).__name__)
@@ -130,7 +133,6 @@ def _open_directory(s: Session, stack: ExitStack, resumed: resuming.Resumed | No
     kept = resumed.state.extra.get(LOGGERS, {}) if resumed is not None and resumed.state is not None else {}
     run.open(directory, loggers.Loggers(loggers.create(settings.logger, directory, kept)))
     run.loggers.watch(s.plan.model)
-    policy = resuming.policy(settings) if s.plan.verb == "fit" else None
     if policy is not None:
         s.saver = Saver(s, policy, directory / CHECKPOINTS)
     if resumed is not None:

@@ -90,17 +90,22 @@ def load_first(s: Session, resumed: Resumed) -> None:
         restore_data(s, resumed.state)
 
 
-def policy(settings: Settings) -> ModelCheckpoint | None:
+def policy(settings: Settings, validates: bool) -> ModelCheckpoint | None:
     """The policy that `checkpoint=` means, ready for a new run; None for no checkpoints.
 
     Raises:
-        SettingsError: it is something else than a ModelCheckpoint.
+        SettingsError: it is something else than a ModelCheckpoint, or has a monitor in a run that does not validate.
     """
     given = settings.checkpoint
     if isinstance(given, bool):
         return DefaultCheckpoint() if given else None
     if not isinstance(given, ModelCheckpoint):
         raise SettingsError(f"checkpoint is a {type(given).__name__}; allowed: True, False, ld.ModelCheckpoint(…)")
+    if given.monitor is not None and not given.optional and not validates:
+        raise SettingsError(
+            f"ModelCheckpoint(monitor={given.monitor!r}): this run has no validation that could record it; leave "
+            "monitor out, or give validation data and a @validation_step"
+        )
     given.begin()
     return given
 

@@ -30,11 +30,6 @@ class Saver:
     """
 
     def __init__(self, session: Session, policy: ModelCheckpoint, directory: Path) -> None:
-        if policy.monitor is not None and not policy.optional and "val" not in session.loaders:
-            raise SettingsError(
-                f"ModelCheckpoint(monitor={policy.monitor!r}): this run has no validation that could record it; leave "
-                "monitor out, or give validation data and a @validation_step"
-            )
         self._session, self.policy, self.directory = session, policy, directory
         self._validated = False  # since the last boundary
         self._metrics: dict[str, Any] | None = None  # of an epoch that is being ended

@@ -98,7 +98,6 @@ def test_a_signal_in_the_sanity_check() -> None:
     assert fit(resume="auto").global_step == 12
 
 
-@pytest.mark.xfail(strict=True, reason="the loop asks for the end also within a window of accumulation")
 def test_a_signal_within_accumulation_waits_for_the_update() -> None:
     """Gradients are in no checkpoint."""
     with pytest.raises(SystemExit):
