@@ -1,6 +1,7 @@
 """Manual training steps: the user drives the optimizers; clipping, accumulation and counting still apply."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.optim.lr_scheduler import StepLR
 
 import lightdeco as ld
 from lightdeco import seeds
+from lightdeco.callbacks.model_checkpoint import ModelCheckpoint
 from tests.models import QUIET, equal, weights
 
 SEED = 11
@@ -455,3 +457,44 @@ def test_manual_lbfgs() -> None:
     run = fit(Newton(), data((8,)))
     assert run.global_step == 2
     assert run.metrics["train/loss"] < 1e-3
+
+
+class Stop(Exception):
+    """Ends a run as an error of the user does."""
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_manual_run_goes_on_bit_for_bit(tmp_path: Path, accumulate: int) -> None:
+    """Interrupted in the middle of an epoch; a checkpoint is never written within a window."""
+
+    class Stopping(Base):
+        stop = False
+
+        @ld.training_step(manual=True)
+        def step(self, batch: Tensor) -> Tensor:
+            found: Any = ld.optimizers()
+            for name, loss_of in (("disc", self.disc_loss), ("gen", self.gen_loss)):
+                loss = loss_of(batch)
+                found[name].zero_grad()
+                ld.backward(loss, found[name])
+                found[name].step()
+            return loss
+
+        @ld.on_train_batch_end
+        def look(self, run: ld.Run) -> None:
+            if self.stop and run.progress.micro_batch == 8:
+                raise Stop
+
+        @ld.on_save_checkpoint
+        def saved(self, run: ld.Run) -> None:
+            assert not run.manual.pending
+
+    settings: Any = {"name": "run", "max_epochs": 3, "accumulate_grad_batches": accumulate}
+    whole, broken, resumed = Stopping(), Stopping(), Stopping()
+    fit(whole, root_dir=tmp_path / "whole", **settings)
+    broken.stop = True
+    settings |= {"root_dir": tmp_path, "checkpoint": ModelCheckpoint(every_n_steps=1)}
+    with pytest.raises(Stop):
+        fit(broken, **settings)
+    fit(resumed, resume="auto", **settings)
+    assert equal(weights(resumed), weights(whole))

@@ -152,7 +152,7 @@ def test_keywords_take_all_that_is_offered() -> None:
     fit(net := with_step(step))
     assert net.seen == [["carry", "dataloader_idx", "model", "run"]] * 2
     fit(net := with_step(everything))
-    assert net.seen == [["batch", "batch_idx", "dataloader_idx", "model", "run"]] * 2
+    assert net.seen == [["batch", "batch_idx", "carry", "dataloader_idx", "model", "run"]] * 2
 
 
 def test_an_argument_beside_the_one_that_it_resembles_does_not_warn() -> None:
