@@ -14,22 +14,11 @@
 3
 """
 
-__version__ = "0.1.0"
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from . import loggers, seeds
 from .attach import (
     attach,
-)
-from .callbacks import (
-    DeviceStats,
-    EarlyStopping,
-    LambdaCallback,
-    LearningRateMonitor,
-    ModelCheckpoint,
-    ModelSummary,
-    ProgressBar,
-    ThroughputMonitor,
-    Timer,
 )
 from .checkpoint import (
     load_weights,
@@ -61,6 +50,10 @@ from .errors import (
     MarkError,
     SettingsError,
     StepError,
+)
+from .explain import (
+    eject,
+    explain,
 )
 from .launch import (
     rank_zero_only,
@@ -153,12 +146,40 @@ from .seeds import (
 from .settings import (
     Settings,
 )
-from .tune import (
-    find_batch_size,
-    lr_find,
-)
+
+if _TYPE_CHECKING:
+    from .callbacks import (
+        DeviceStats,
+        EarlyStopping,
+        LambdaCallback,
+        LearningRateMonitor,
+        ModelCheckpoint,
+        ModelSummary,
+        ProgressBar,
+        ThroughputMonitor,
+        Timer,
+    )
+    from .tune import (
+        find_batch_size,
+        lr_find,
+    )
 
 __version__ = "0.1.0"
+
+#: Where the names are that are imported when they are first asked for.
+_LAZY = {
+    "DeviceStats": ".callbacks",
+    "EarlyStopping": ".callbacks",
+    "LambdaCallback": ".callbacks",
+    "LearningRateMonitor": ".callbacks",
+    "ModelCheckpoint": ".callbacks",
+    "ModelSummary": ".callbacks",
+    "ProgressBar": ".callbacks",
+    "ThroughputMonitor": ".callbacks",
+    "Timer": ".callbacks",
+    "find_batch_size": ".tune",
+    "lr_find": ".tune",
+}
 
 __all__ = [
     "SKIP_EPOCH",
@@ -196,6 +217,8 @@ __all__ = [
     "configure_callbacks",
     "configure_model",
     "configure_optimizers",
+    "eject",
+    "explain",
     "find_batch_size",
     "fit",
     "load_weights",
@@ -272,3 +295,16 @@ __all__ = [
     "validate",
     "validation_step",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'lightdeco' has no attribute {name!r}")
+    import importlib
+
+    found = globals()[name] = getattr(importlib.import_module(_LAZY[name], __name__), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -5,8 +5,6 @@ from typing import Any, Final
 
 from torch import nn
 
-from .callbacks.model_summary import ModelSummary
-from .callbacks.progress_bar import ProgressBar
 from .data import split
 from .errors import DataError, MarkError, warn
 from .plan import Plan, discover, is_marked
@@ -92,6 +90,9 @@ def _as_list(value: Any) -> list[Any]:
 
 def _callbacks(settings: Settings, verb: str) -> list[object]:
     """The user's callbacks, then those that the settings ask for and the user did not give."""
+    from .callbacks.model_summary import ModelSummary
+    from .callbacks.progress_bar import ProgressBar
+
     found = _as_list(settings.callbacks)
     given = {type(callback) for callback in found}
     if settings.summary and verb == "fit" and ModelSummary not in given:

@@ -14,6 +14,8 @@ PACKAGE = Path(ld.__file__).parent
 #: The names of the contract that are there so far, besides the decorators.
 NAMES = [
     "attach",
+    "explain",
+    "eject",
     "DeviceStats",
     "EarlyStopping",
     "LambdaCallback",

@@ -1,0 +1,79 @@
+"""`ld.eject`: the loop of one very run as a script of plain PyTorch, which needs no lightdeco."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from . import launch
+from .ejecting_makers import importable
+from .ejecting_objects import attached
+from .ejecting_script import Script
+from .ejecting_text import written
+from .errors import LightdecoError, MarkError, SettingsError
+from .hooks import Hook
+from .opening import opened
+from .plan import Plan
+from .preparing import prepare
+from .settings import Settings, resolve
+
+
+def script(
+    model: nn.Module, data: Any, path: str | os.PathLike[str] | None, settings: Settings | None, overrides: Any
+) -> str:
+    """What `eject` returns, written to `path`."""
+    target = None if path is None else Path(path)
+    if target is not None and target.exists():
+        raise LightdecoError(f"there is a file at {target}; eject overwrites none: remove it or give another path")
+    resolved = resolve(settings, overrides)
+    plan, given = prepare("fit", model, data, resolved)
+    _refuse(plan, resolved)
+    here = replace(resolved, accelerator="cpu", devices="auto", compile=False, resume=None)
+    seen: list[Any] = []
+    with opened(_recording(plan, seen), given, here, writes=False) as session:
+        made = Script(plan, resolved, session, seen[0], launch._kind(resolved))
+        _refuse_several(made)
+        text = written(made, data)
+    if target is not None:
+        target.write_text(text, encoding="utf-8")
+    return text
+
+
+def _refuse_several(script: Script) -> None:
+    """Refuse what is counted for each optimizer by itself, where steps leave batches out."""
+    if len(script.parts) == 1 and script.parts[0].hook.mark.every == 1:
+        return
+    if script.by_size:
+        raise SettingsError("eject writes no accumulate_grad_batches for several optimizers; leave it out")
+    if any(part.optim.every > 1 and part.optim.interval == "step" for part in script.parts):
+        raise SettingsError("eject writes no scheduler with interval='step' and every > 1 for several optimizers")
+
+
+def _recording(plan: Plan, seen: list[Any]) -> Plan:
+    """The plan with a `configure_optimizers` that also keeps what it returned."""
+
+    def recorded(hook: Hook) -> Hook:
+        def method(*given: Any, **named: Any) -> Any:
+            seen.append(hook.method(*given, **named))
+            return seen[-1]
+
+        return replace(hook, method=method) if hook.role.name == "configure_optimizers" else hook
+
+    return replace(plan, hooks=tuple(map(recorded, plan.hooks)))
+
+
+def _refuse(plan: Plan, settings: Settings) -> None:
+    """Refuse what a plain script cannot have."""
+    for hook in plan.hooks:
+        if hook.mark.manual or hook.role.name in ("split_batch", "configure_accelerator"):
+            raise MarkError(
+                f"eject cannot write {hook.where} as a plain loop: it works through lightdeco or accelerate"
+            )
+        function = attached(hook)
+        ours = type(hook.owner).__module__.startswith("lightdeco.")
+        if function is not None and not ours and importable(function) is None:
+            raise MarkError(f"eject cannot import {hook.where}; attach a function that has a name in a module")
+    if settings.precision not in ("32-true", "bf16-mixed"):
+        raise SettingsError(f"eject cannot write precision={settings.precision!r}; allowed: '32-true', 'bf16-mixed'")
