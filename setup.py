@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "examples": ["scikit-learn>=1.4", "matplotlib>=3.8", "torchvision>=0.21"],
     "plot": ["matplotlib>=3.8"],
+    "report": ["plotly>=6.0"],
     "stats": ["psutil>=6.0", "nvidia-ml-py>=12.0"],
     "torchmetrics": ["torchmetrics>=1.4"],
     "vision": ["torchvision>=0.21"],
@@ -28,6 +29,7 @@ DEV = [
     "ruff>=0.11",
     *EXTRAS["examples"],
     *EXTRAS["torchmetrics"],
+    *EXTRAS["report"],
     *EXTRAS["wandb"],
     *EXTRAS["comet"],
     *EXTRAS["neptune"],

@@ -20,9 +20,6 @@ from . import loggers, seeds
 from .attach import (
     attach,
 )
-from .checkpoint import (
-    load_weights,
-)
 from .current import (
     backward,
     clip_gradients,
@@ -159,6 +156,12 @@ if _TYPE_CHECKING:
         ThroughputMonitor,
         Timer,
     )
+    from .checkpoint import (
+        load_weights,
+    )
+    from .reporting import (
+        compare,
+    )
     from .tune import (
         find_batch_size,
         lr_find,
@@ -168,6 +171,7 @@ __version__ = "0.1.0"
 
 #: Where the names are that are imported when they are first asked for.
 _LAZY = {
+    "compare": ".reporting",
     "DeviceStats": ".callbacks",
     "EarlyStopping": ".callbacks",
     "LambdaCallback": ".callbacks",
@@ -178,6 +182,7 @@ _LAZY = {
     "ThroughputMonitor": ".callbacks",
     "Timer": ".callbacks",
     "find_batch_size": ".tune",
+    "load_weights": ".checkpoint",
     "lr_find": ".tune",
 }
 
@@ -213,6 +218,7 @@ __all__ = [
     "attach",
     "backward",
     "clip_gradients",
+    "compare",
     "configure_accelerator",
     "configure_callbacks",
     "configure_model",

@@ -69,7 +69,6 @@ from .metrics import Means
 from .opening import opened, reload
 from .plan import Plan
 from .preparing import prepare, warn_without_effect
-from .resuming import Weights
 from .roles import SKIP_EPOCH, STAGE_STEP
 from .run import Run
 from .session import Session
@@ -80,6 +79,7 @@ from .steps import evaluating, no_grad, read_result
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from .resuming import Weights
     from .settings import Overrides
 
 
@@ -149,7 +149,7 @@ def validate(
     model: nn.Module,
     data: Any = None,
     *,
-    weights: Weights = None,
+    weights: "Weights" = None,
     settings: Settings | None = None,
     **overrides: "Unpack[Overrides]",
 ) -> dict[str, float]:
@@ -164,7 +164,7 @@ def test(
     model: nn.Module,
     data: Any = None,
     *,
-    weights: Weights = None,
+    weights: "Weights" = None,
     settings: Settings | None = None,
     **overrides: "Unpack[Overrides]",
 ) -> dict[str, float]:
@@ -176,7 +176,7 @@ vars(test)["__test__"] = False  # pytest must not collect it
 
 
 def _evaluation(
-    verb: str, model: nn.Module, data: Any, weights: Weights, settings: Settings | None, overrides: Any
+    verb: str, model: nn.Module, data: Any, weights: "Weights", settings: Settings | None, overrides: Any
 ) -> dict[str, float]:
     resolved = resolve(settings, overrides)
     warn_without_effect(verb, overrides)
@@ -190,7 +190,7 @@ def predict(
     model: nn.Module,
     data: Any = None,
     *,
-    weights: Weights = None,
+    weights: "Weights" = None,
     settings: Settings | None = None,
     **overrides: "Unpack[Overrides]",
 ) -> Iterator[Any]:
@@ -414,7 +414,7 @@ def _evaluate_batch(s: Session, stage: str, batch: Any, batch_idx: int, index: i
     return outputs
 
 
-def _predict(plan: Plan, given: Mapping[str, object], settings: Settings, weights: Weights) -> Iterator[Any]:
+def _predict(plan: Plan, given: Mapping[str, object], settings: Settings, weights: "Weights") -> Iterator[Any]:
     """The generator of `predict`: inside the run while a batch is worked on, outside while the caller has the floor."""
     with opened(plan, given, settings, writes=False, weights=weights) as s:
         with _inside(s):

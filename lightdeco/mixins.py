@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from . import checkpoint, current, loop, metrics
+from . import current, loop, metrics
 from .branch import Toggle
 from .errors import CheckpointError, LightdecoError, nearest
 
@@ -149,6 +149,8 @@ class TrainerMixin:
         Raises:
             CheckpointError: it is not valid, holds hyperparameters that `__init__` does not take, or does not fit.
         """
+        from . import checkpoint
+
         held = checkpoint.load(Path(path)).hparams
         parameters = inspect.signature(cls).parameters
         open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())

@@ -3,35 +3,34 @@
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from . import launch, loggers, resuming, seeds
+from . import launch, loggers, seeds
 from .branching import prepare_optimizers
 from .compiling import compile_forward
 from .current import active
 from .data import loaders, to_device
-from .directory import CHECKPOINTS, locked, make_directory
 from .errors import DataError, warn
 from .limits import expected
 from .loggers.masking import mask
 from .metrics import Means
 from .plan import Plan
-from .resuming import Weights
 from .roles import STAGE_LOADER, TRANSFER, VERB_STAGE
 from .run import Run
-from .saving import Saver
 from .session import Session
 from .settings import Settings
-from .state import LOGGERS, restore
 from .steps import Steps, modes_of, restore_modes
+
+if TYPE_CHECKING:
+    from .resuming import Resumed, Weights
 
 
 @contextmanager
 def opened(
-    plan: Plan, given: Mapping[str, object], settings: Settings, writes: bool, weights: Weights = None
+    plan: Plan, given: Mapping[str, object], settings: Settings, writes: bool, weights: "Weights" = None
 ) -> Iterator[Session]:
     """Make everything ready, hand it over, and end it whatever happens.
 
@@ -40,6 +39,8 @@ def opened(
         writes: make a directory and loggers.
         weights: the checkpoint whose weights an evaluation uses.
     """
+    from . import resuming  # here and below: what has to do with checkpoints is imported when a verb runs
+
     process = launch.Process(settings)
     resumed = resuming.look(plan, settings, writes, weights)
     with process.entered():
@@ -74,7 +75,11 @@ def opened(
             run.close(status)
 
 
-def _set_up(s: Session, writes: bool, stack: ExitStack, resumed: resuming.Resumed | None) -> None:
+def _set_up(s: Session, writes: bool, stack: ExitStack, resumed: "Resumed | None") -> None:
+    from . import resuming
+    from .directory import locked
+    from .state import restore
+
     run, call, settings, model = s.run, s.call, s.settings, s.plan.model
     if writes and resumed is not None and resumed.directory is not None:
         stack.enter_context(locked(resumed.directory))
@@ -122,7 +127,12 @@ def _set_up(s: Session, writes: bool, stack: ExitStack, resumed: resuming.Resume
         _open_directory(s, stack, resumed)
 
 
-def _open_directory(s: Session, stack: ExitStack, resumed: resuming.Resumed | None) -> None:
+def _open_directory(s: Session, stack: ExitStack, resumed: "Resumed | None") -> None:
+    from . import resuming
+    from .directory import CHECKPOINTS, locked, make_directory
+    from .saving import Saver
+    from .state import LOGGERS
+
     run, settings = s.run, s.settings
     policy = resuming.policy(settings, "val" in s.loaders) if s.plan.verb == "fit" else None
     directory = resumed.directory if resumed is not None else None

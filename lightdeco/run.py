@@ -308,6 +308,17 @@ class Run:
 
         return plot(self.history, path)
 
+    def report(self, path: str | Path | None = None) -> Path:
+        """Everything known of this run as one HTML page (default: `report.html` in its directory); see docs/report.md.
+
+        Raises:
+            LightdecoError: plotly is not installed (`pip install lightdeco[report]`), or there is no directory and no
+                path.
+        """
+        from .reporting import report
+
+        return report(self, path)
+
     def __repr__(self) -> str:
         ended = f", stopped by {self.stop_reason}" if self.stop_reason else ""
         return f"<Run of {type(self.model).__name__}: epoch {self.epoch}, step {self.global_step}{ended}>"

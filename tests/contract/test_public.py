@@ -14,6 +14,7 @@ PACKAGE = Path(ld.__file__).parent
 #: The names of the contract that are there so far, besides the decorators.
 NAMES = [
     "attach",
+    "compare",
     "explain",
     "eject",
     "DeviceStats",
