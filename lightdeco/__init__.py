@@ -16,7 +16,7 @@
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from . import loggers, seeds
+from . import loggers, profilers, seeds
 from .attach import (
     attach,
 )
@@ -284,6 +284,7 @@ __all__ = [
     "predict_dataloader",
     "predict_step",
     "prepare_data",
+    "profilers",
     "rank_zero_only",
     "schedulers",
     "seed_everything",

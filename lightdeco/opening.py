@@ -125,6 +125,11 @@ def _set_up(s: Session, writes: bool, stack: ExitStack, resumed: "Resumed | None
             restore(s, resumed.state)
     if writes:
         _open_directory(s, stack, resumed)
+    if settings.profiler is not None:
+        from . import profilers
+        from .profiling import profile
+
+        stack.callback(profile(s, profilers.create(settings.profiler), partial(_move, dtype)))
 
 
 def _open_directory(s: Session, stack: ExitStack, resumed: "Resumed | None") -> None:

@@ -53,6 +53,10 @@ def prepare(verb: str, model: nn.Module, data: object, settings: Settings) -> tu
         MarkError, SettingsError, DataError: whatever is wrong with marks, settings or the form of `data`.
     """
     settings.check_for(verb)
+    if settings.profiler is not None:
+        from . import profilers
+
+        profilers.create(settings.profiler)
     marked = data if data is not None and is_marked(data) else None
     given = {} if marked is not None else split(data, verb)
     callbacks = _callbacks(settings, verb)

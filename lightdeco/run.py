@@ -1,5 +1,6 @@
 """`Run`: what events and steps get when they ask for `run`, and what `fit` returns. `Progress`: where it stands."""
 
+import importlib
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -315,9 +316,8 @@ class Run:
             LightdecoError: plotly is not installed (`pip install lightdeco[report]`), or there is no directory and no
                 path.
         """
-        from .reporting import report
-
-        return report(self, path)
+        made: Path = importlib.import_module("lightdeco.reporting").report(self, path)  # it imports what imports this
+        return made
 
     def __repr__(self) -> str:
         ended = f", stopped by {self.stop_reason}" if self.stop_reason else ""

@@ -36,7 +36,6 @@ UNAVAILABLE: dict[str, tuple[object, ...]] = {
     "process_timeout": (None,),
     "oom": ("raise",),
     "log_gradients": (False,),
-    "profiler": (None,),
 }
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from lightdeco.curves import smoothed, thinned
 from lightdeco.errors import LightdecoError
-from lightdeco.plot import _smoothed, plot
+from lightdeco.plot import plot
 
 pytest.importorskip("matplotlib")
 
@@ -31,7 +32,8 @@ def _axes(figure: Any) -> dict[str, Any]:
 
 
 def _lines(ax: Any) -> dict[str, Any]:
-    return {line.get_label(): line for line in ax.lines}
+    """The curves by label; the smoothed ones' points and the line at the best step have none."""
+    return {line.get_label(): line for line in ax.lines if not str(line.get_label()).startswith("_child")}
 
 
 def test_metrics_are_grouped_by_their_last_part() -> None:
@@ -60,17 +62,61 @@ def test_the_best_validation_is_marked() -> None:
     lines = _lines(_axes(plot(history))["loss"])
     (ring,) = [line for label, line in lines.items() if str(label).startswith("best")]
     assert [list(values) for values in ring.get_data()] == [[4], [0.5]]
-    assert ring.get_label() == "best: 0.5 at step 4"
+    assert ring.get_label() == "best: 0.5 at step 4, epoch 1"
 
 
 def test_many_training_points_are_smoothed_without_a_lag() -> None:
     """A long training curve is drawn with a smoothed line that leaves a straight line as it is."""
-    values = [2.0 * i for i in range(200)]
-    assert _smoothed(values) == pytest.approx(values)
-    noisy = [float(i % 2) for i in range(200)]
-    assert all(abs(value - 0.5) < 0.1 for value in _smoothed(noisy)[5:-5])
+    straight = [(float(i), 2.0 * i) for i in range(200)]
+    assert smoothed(straight) == straight
+    constant = [(float(i), 0.1) for i in range(9000)]
+    assert {value for _, value in smoothed(constant)} == {0.1}
+    noisy = [(float(i), float(i % 2)) for i in range(200)]
+    assert all(abs(value - 0.5) < 0.1 for _, value in smoothed(noisy)[5:-5])
     ax = _axes(plot(_history(100)))["loss"]
     assert sum(len(line.get_xdata()) == 100 for line in ax.lines) == 2
+
+
+def test_a_long_curve_is_thinned_with_its_spikes() -> None:
+    """What is drawn of a very long curve has its extremes and its gaps."""
+    points = [(float(i), 1.0) for i in range(100_000)]
+    points[777], points[888] = (777.0, 50.0), (888.0, math.nan)
+    kept = thinned(points)
+    assert len(kept) <= 2000
+    assert (777.0, 50.0) in kept
+    assert [step for step, value in kept if math.isnan(value)] == [888.0]
+
+
+def test_learning_rates_share_a_panel_and_are_not_smoothed() -> None:
+    """`lr/gen` and `lr/disc` are one panel, drawn as they are; so are the losses of two optimizers."""
+    names = ("train/gen/loss", "train/disc/loss", "lr/gen", "lr/disc")
+    history = [{"stage": "train", "epoch": 0, "step": s, **dict.fromkeys(names, 1 / s)} for s in range(1, 101)]
+    axes = _axes(plot(history))
+    assert list(axes) == ["loss", "lr"]
+    assert set(_lines(axes["lr"])) >= {"lr/gen", "lr/disc"}
+    assert all(len(line.get_xdata()) == 100 for label, line in _lines(axes["lr"]).items() if label.startswith("lr"))
+
+
+def test_every_loader_has_its_best_and_one_line_marks_the_step() -> None:
+    """Of several validation loaders each has a ring with its name; a dotted line is at the best step of the first."""
+    values = {"val/clean/loss": (3.0, 1.0, 2.0), "val/noisy/loss": (3.0, 2.0, 1.5), "val/acc": (0.1, 0.2, 0.3)}
+    history = [
+        {"stage": "val", "epoch": i, "step": 10 * i + 10, **{name: each[i] for name, each in values.items()}}
+        for i in range(3)
+    ]
+    axes = _axes(plot(history))
+    assert {"best clean: 1 at step 20, epoch 2", "best noisy: 1.5 at step 30, epoch 3"} < set(_lines(axes["loss"]))
+    for ax in axes.values():
+        assert [list(line.get_xdata()) for line in ax.lines if line.get_linestyle() == ":"] == [[20, 20]]
+
+
+def test_a_loss_that_spans_much_has_a_logarithmic_axis() -> None:
+    """A positive loss over more than three powers of ten is drawn on a logarithmic axis; others are not."""
+    long = [{"stage": "train", "step": s, "train/loss": 900.0 / 2**s, "train/acc": 0.1 * s} for s in range(1, 15)]
+    axes = _axes(plot(long))
+    assert axes["loss"].get_yscale() == "log"
+    assert axes["acc"].get_yscale() == "linear"
+    assert _axes(plot(_history()))["loss"].get_yscale() == "linear"
 
 
 def test_the_figure_is_saved(tmp_path: Path) -> None:
@@ -98,6 +144,7 @@ def test_values_that_cannot_be_drawn_do_not_break_it() -> None:
     figure = plot(history)
     figure.canvas.draw()
     assert list(_axes(figure)) == ["loss"]
+    assert "val/loss (2 not finite, from step 1)" in _lines(_axes(figure)["loss"])
 
 
 def test_nothing_to_plot_is_an_error() -> None:

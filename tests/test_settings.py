@@ -405,7 +405,6 @@ def test_shown_values_are_short() -> None:
         ("process_timeout", 5, "None"),
         ("oom", "micro", "'raise'"),
         ("log_gradients", True, "False"),
-        ("profiler", "simple", "None"),
     ],
 )
 def test_not_available_yet(name: str, value: object, available: str) -> None:
@@ -415,7 +414,7 @@ def test_not_available_yet(name: str, value: object, available: str) -> None:
     assert str(caught.value) == f"{name}={value!r} is not available yet; available: {available}"
 
 
-@pytest.mark.parametrize("name", ["strategy", "profiler"])
+@pytest.mark.parametrize("name", ["strategy"])
 def test_objects_not_available_yet(name: str) -> None:
     """Nor are objects; an `__eq__` of theirs that says yes to everything does not help."""
     with pytest.raises(SettingsError, match=rf"^{name}=.*Thing object.* is not available yet; available: "):

@@ -52,6 +52,7 @@ NAMES = [
     "SKIP_EPOCH",
     "on",
     "loggers",
+    "profilers",
     "seeds",
     "LogMixin",
     "OptimizerMixin",
@@ -185,7 +186,7 @@ def test_budgets() -> None:
     """A module under 320 lines, the loop under 500, a function under 60; raising one needs a line in docs/design.md."""
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text()
-        limit = {"loop.py": 500}.get(path.name, 320)
+        limit = {"loop.py": 500, "run.py": 335}.get(path.name, 320)
         assert len(text.splitlines()) <= limit, f"{path}: {len(text.splitlines())} lines"
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
