@@ -162,7 +162,7 @@ if _TYPE_CHECKING:
     from .reporting import (
         compare,
     )
-    from .tune import (
+    from .tuning import (
         find_batch_size,
         lr_find,
     )
@@ -181,9 +181,9 @@ _LAZY = {
     "ProgressBar": ".callbacks",
     "ThroughputMonitor": ".callbacks",
     "Timer": ".callbacks",
-    "find_batch_size": ".tune",
+    "find_batch_size": ".tuning",
     "load_weights": ".checkpoint",
-    "lr_find": ".tune",
+    "lr_find": ".tuning",
 }
 
 __all__ = [

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from torch.utils.data import DataLoader
 
-from .hooks import Hook
-from .settings import Settings
+from lightdeco.hooks import Hook
+from lightdeco.settings import Settings
 
 _ROOT: Final = Path(__file__).resolve().parents[1]
 
