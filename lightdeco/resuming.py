@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TypeAlias
 
 from . import checkpoint
-from .callbacks.model_checkpoint import DefaultCheckpoint, ModelCheckpoint
+from .callbacks.model_checkpoint import POLICY, DefaultCheckpoint, ModelCheckpoint
 from .checkpoint import State
 from .directory import find
 from .errors import SettingsError, warn
 from .plan import Plan
 from .run import RESERVED_NAMES, Run
-from .saving import POLICY
 from .session import Session
 from .settings import Settings
 from .state import restore_data

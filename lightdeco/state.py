@@ -2,7 +2,6 @@
 
 import os
 import platform
-import random
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import timedelta
@@ -10,13 +9,14 @@ from itertools import zip_longest
 from time import monotonic
 from typing import Any, Final
 
-import numpy
 import torch
 
+from .callbacks.model_checkpoint import POLICY
 from .checkpoint import State, load_optimizer
 from .errors import CheckpointError, warn
 from .loggers.masking import mask
 from .plan import Hook
+from .seeds import random_state, set_random_state
 from .session import Session
 
 #: The corner of the checkpoint that holds the states of the loggers, such as the id of a vendor's run.
@@ -45,7 +45,7 @@ def collect(s: Session, metrics: Mapping[str, Any] | None = None) -> State:
         data=_data(s),
         progress=asdict(run.progress) | _position(s),
         metrics={"latest": run.metrics} | dict(metrics or collect_metrics(s)),
-        random=_random(),
+        random=random_state(),
         hparams=run.hparams,
         settings=_settings(s),
         extra=corners | {LOGGERS: run.loggers.state_dict(), OPTIMIZERS: _kinds(s)},
@@ -74,7 +74,7 @@ def restore(s: Session, state: State) -> None:
         # After the schedulers, some of which set learning rates.
         load_optimizer(optim.optimizer, state.optimizers[name], name or "optimizer")
     things = dict(_with_state(s))
-    for key in [key for key in state.callbacks if key not in things and key != "ModelCheckpoint"]:
+    for key in [key for key in state.callbacks if key not in things and key != POLICY]:
         warn(f"the checkpoint holds a state of the callback {key}, which this run does not have; it is left out")
     for key, thing in things.items():
         if key in state.callbacks:
@@ -96,7 +96,7 @@ def restore(s: Session, state: State) -> None:
     _restore_torchmetrics(s, state.metrics["torchmetrics"])
     for key, hook in _named(s, "on_load_checkpoint"):
         s.plan.call(hook, run, (state.extra.get(key, {}),))
-    _restore_random(state.random)
+    set_random_state(state.random)
 
 
 def _position(s: Session) -> dict[str, Any]:
@@ -279,22 +279,3 @@ def _restore_torchmetrics(s: Session, state: Mapping[str, Any]) -> None:
 
 def _moved(value: Any, device: Any) -> Any:
     return [v.to(device) for v in value] if isinstance(value, list) else value.to(device)
-
-
-# ---- random state ----------------------------------------------------------------------------------------------------
-
-
-def _random() -> dict[str, Any]:
-    name, *rest = numpy.random.get_state()
-    state = {"torch": torch.get_rng_state(), "numpy": [name, *rest], "random": random.getstate()}
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def _restore_random(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    numpy.random.set_state(tuple(state["numpy"]))
-    random.setstate(state["random"])
-    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])

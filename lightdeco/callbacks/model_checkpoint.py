@@ -4,11 +4,15 @@ import math
 import string
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Final, Literal
 
-from lightdeco.errors import CheckpointError, SettingsError, nearest, warn
+from lightdeco.errors import CheckpointError, SettingsError, nearest, warn, wrong_argument
 
+#: The policy's own name among the states of callbacks in a checkpoint.
+POLICY: Final = "ModelCheckpoint"
 _MODES = ("min", "max")
+_wrong = partial(wrong_argument, "ModelCheckpoint")
 _FORBIDDEN = '/\\:*?"<>|'
 _CONVERSIONS: dict[str | None, Callable[[float], object]] = {None: lambda value: value, "r": repr, "s": str, "a": ascii}
 
@@ -241,10 +245,6 @@ class DefaultCheckpoint(ModelCheckpoint):
 
     def __init__(self) -> None:
         super().__init__(monitor="val/loss", every_seconds=30)
-
-
-def _wrong(name: str, value: object, allowed: str) -> SettingsError:
-    return SettingsError(f"ModelCheckpoint({name}={value!r}); allowed: {allowed}")
 
 
 def _integer(value: object, minimum: int) -> bool:
