@@ -44,7 +44,7 @@ def collect(s: Session, metrics: Mapping[str, Any] | None = None) -> State:
         callbacks={key: thing.state_dict() for key, thing in _with_state(s)},
         data=_data(s),
         progress=asdict(run.progress) | _position(s),
-        metrics={"latest": run.metrics} | dict(metrics or collect_metrics(s)),
+        metrics={"latest": run.metrics} | _without_unkept(s, metrics or collect_metrics(s)),
         random=random_state(),
         hparams=run.hparams,
         settings=_settings(s),
@@ -54,7 +54,7 @@ def collect(s: Session, metrics: Mapping[str, Any] | None = None) -> State:
 
 
 def collect_metrics(s: Session) -> dict[str, Any]:
-    """What was logged in the present epoch."""
+    """What was logged in the present epoch; of torchmetrics objects that are no part of the model, the names alone."""
     return {"means": s.means.state_dict(), "torchmetrics": _torchmetrics(s)}
 
 
@@ -210,7 +210,8 @@ def _data(s: Session) -> dict[str, Any]:
     (loader,) = s.loaders["train"]
     thing = _data_object(s)
     own = thing.state_dict() if thing is not None else None
-    return {"own": own, "length": loader.length, "stream_workers": loader.stream_workers}
+    sizes = list(loader.batch_sizes)
+    return {"own": own, "length": loader.length, "batch_sizes": sizes, "stream_workers": loader.stream_workers}
 
 
 def _data_object(s: Session) -> Any:
@@ -221,7 +222,17 @@ def _data_object(s: Session) -> Any:
 def _compare_data(s: Session, data: Mapping[str, Any]) -> None:
     """Name what makes the batches other ones than those of the interrupted run."""
     (loader,) = s.loaders["train"]
-    if data["length"] != loader.length:
+    sizes = data.get("batch_sizes", [])  # not in checkpoints of the first days
+    known = [(before, now) for before, now in zip(sizes, loader.batch_sizes, strict=False) if None not in (before, now)]
+    changed = [(before, now) for before, now in known if before != now]
+    if changed:
+        before, now = changed[0]
+        warn(
+            f"the train loader gave batches of {before} samples ({data['length']} of them) when the checkpoint was "
+            f"written, and gives batches of {now} ({loader.length} of them) now: the run goes on with other batches "
+            "than it would have had"
+        )
+    elif data["length"] != loader.length:
         warn(
             f"the train loader had {data['length']} batches when the checkpoint was written and has {loader.length} "
             "now: the run goes on with other batches than it would have had"
@@ -252,18 +263,25 @@ def _torchmetrics(s: Session) -> dict[str, Any]:
     modules = _metric_modules(s)
     paths = {id(module): path for path, module in modules.items()}
     logged = {name: paths.get(id(metric)) for name, metric in s.means.metrics.items()}
-    for name, path in logged.items():
-        if path is None:
-            warn(
-                f"the torchmetrics object logged as {name!r} is no part of the model, so a checkpoint within an epoch "
-                "does not hold what it has counted; make it an attribute of the model"
-            )
     counted = {
         path: {"count": m._update_count, **{name: getattr(m, name) for name in m._defaults}}
         for path, m in modules.items()
         if m._update_count
     }
-    return {"logged": {name: path for name, path in logged.items() if path is not None}, "counted": counted}
+    return {"logged": logged, "counted": counted}
+
+
+def _without_unkept(s: Session, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics as a checkpoint holds them; those that it cannot hold are named, once in a run."""
+    logged: Mapping[str, str | None] = metrics["torchmetrics"]["logged"]
+    for name in [name for name, path in logged.items() if path is None and name not in s.unkept]:
+        s.unkept.add(name)
+        warn(
+            f"the torchmetrics object logged as {name!r} is no part of the model, so a checkpoint within an epoch "
+            "does not hold what it has counted; make it an attribute of the model"
+        )
+    kept = {name: path for name, path in logged.items() if path is not None}
+    return {**metrics, "torchmetrics": {**metrics["torchmetrics"], "logged": kept}}
 
 
 def _restore_torchmetrics(s: Session, state: Mapping[str, Any]) -> None:
