@@ -14,7 +14,7 @@
 3
 """
 
-from typing import TYPE_CHECKING as _TYPE_CHECKING
+import typing as _typing
 
 from . import loggers, profilers, seeds
 from .attach import (
@@ -144,7 +144,7 @@ from .settings import (
     Settings,
 )
 
-if _TYPE_CHECKING:
+if _typing.TYPE_CHECKING:  # not under another name: checkers know it by this one
     from .callbacks import (
         DeviceStats,
         EarlyStopping,
@@ -162,29 +162,32 @@ if _TYPE_CHECKING:
     from .reporting import (
         compare,
     )
-    from .tune import (
+    from .tuning import (
         find_batch_size,
         lr_find,
     )
+else:  # or a misspelt name would be no error
+    from .lazy import importer as _importer
+
+    #: Where the names are that are imported when they are first asked for.
+    _LAZY = {
+        "compare": ".reporting",
+        "DeviceStats": ".callbacks",
+        "EarlyStopping": ".callbacks",
+        "LambdaCallback": ".callbacks",
+        "LearningRateMonitor": ".callbacks",
+        "ModelCheckpoint": ".callbacks",
+        "ModelSummary": ".callbacks",
+        "ProgressBar": ".callbacks",
+        "ThroughputMonitor": ".callbacks",
+        "Timer": ".callbacks",
+        "find_batch_size": ".tuning",
+        "load_weights": ".checkpoint",
+        "lr_find": ".tuning",
+    }
+    __getattr__ = _importer(__name__, _LAZY)
 
 __version__ = "0.1.0"
-
-#: Where the names are that are imported when they are first asked for.
-_LAZY = {
-    "compare": ".reporting",
-    "DeviceStats": ".callbacks",
-    "EarlyStopping": ".callbacks",
-    "LambdaCallback": ".callbacks",
-    "LearningRateMonitor": ".callbacks",
-    "ModelCheckpoint": ".callbacks",
-    "ModelSummary": ".callbacks",
-    "ProgressBar": ".callbacks",
-    "ThroughputMonitor": ".callbacks",
-    "Timer": ".callbacks",
-    "find_batch_size": ".tune",
-    "load_weights": ".checkpoint",
-    "lr_find": ".tune",
-}
 
 __all__ = [
     "SKIP_EPOCH",
@@ -302,15 +305,6 @@ __all__ = [
     "validate",
     "validation_step",
 ]
-
-
-def __getattr__(name: str) -> object:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'lightdeco' has no attribute {name!r}")
-    import importlib
-
-    found = globals()[name] = getattr(importlib.import_module(_LAZY[name], __name__), name)
-    return found
 
 
 def __dir__() -> list[str]:

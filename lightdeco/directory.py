@@ -6,15 +6,18 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from . import checkpoint
+from .callbacks.model_checkpoint import POLICY
+from .checkpoint.content import CHECKPOINTS
 from .checkpoint.manifest import MANIFEST
 from .errors import CheckpointError, LaunchError, SettingsError, nearest, warn
+from .loggers.metrics_file import METRICS
 from .settings import Settings
 
-CHECKPOINTS = "checkpoints"
-METRICS = "metrics.jsonl"
+#: Locked by the process that writes into a run's directory, and holds its number.
+LOCK: Final = "run.lock"
 
 
 # ---- new -------------------------------------------------------------------------------------------------------------
@@ -32,8 +35,7 @@ def make_directory(settings: Settings, class_name: str) -> Path:
             return _named(root, settings.name, settings.overwrite)
         parent = root / class_name
         parent.mkdir(parents=True, exist_ok=True)
-        versions = [int(n) for p in parent.iterdir() if (n := p.name.removeprefix("version_")).isdecimal()]
-        version = max(versions, default=-1) + 1
+        version = max(_versions(parent), default=-1) + 1
         while True:  # another process may make the same one: mkdir decides
             try:
                 (parent / f"version_{version}").mkdir()
@@ -107,8 +109,13 @@ def _existing(settings: Settings, class_name: str) -> Path | None:
     root = Path(settings.root_dir)
     if settings.name is not None:
         return root / settings.name if (root / settings.name).is_dir() else None
-    versions = [p for p in (root / class_name).glob("version_*") if p.name.removeprefix("version_").isdecimal()]
-    return max(versions, key=lambda path: int(path.name.removeprefix("version_")), default=None)
+    versions = _versions(root / class_name)
+    return versions[max(versions)] if versions else None
+
+
+def _versions(parent: Path) -> dict[int, Path]:
+    """The directories `version_<n>`, by n."""
+    return {int(n): path for path in parent.glob("version_*") if (n := path.name.removeprefix("version_")).isdecimal()}
 
 
 def _at(path: Path, given: object, words: tuple[str, ...]) -> Found:
@@ -135,7 +142,7 @@ def _newest(folder: Path) -> Path | None:
 
 
 def _best(newest: Path) -> Path:
-    kept = checkpoint.load(newest).callbacks.get("ModelCheckpoint", {}).get("kept", {})
+    kept = checkpoint.load(newest).callbacks.get(POLICY, {}).get("kept", {})
     scored = [name for name, score in kept.items() if score is not None]
     if not scored:
         raise CheckpointError(
@@ -159,7 +166,7 @@ def locked(directory: Path) -> Iterator[None]:
     Raises:
         LaunchError: another run writes into it; names its process and host.
     """
-    path = directory.resolve() / "run.lock"
+    path = directory.resolve() / LOCK
     if path in _held:
         raise LaunchError(f"{directory} is in use by a run of this very process; give another name")
     with path.open("a+", encoding="utf-8") as file:

@@ -82,6 +82,15 @@ def warn(message: str) -> None:
     )
 
 
+def wrong_argument(function: str, name: str, value: object, allowed: str) -> SettingsError:
+    """The error for an argument of a callback.
+
+    >>> wrong_argument("EarlyStopping", "patience", 0, "an integer of at least 1")
+    SettingsError('EarlyStopping(patience=0); allowed: an integer of at least 1')
+    """
+    return SettingsError(f"{function}({name}={value!r}); allowed: {allowed}")
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the allowed word most like `word`, or an empty string.
 

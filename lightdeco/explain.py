@@ -79,6 +79,6 @@ def eject(
     >>> "outputs = model.step(batch)" in script
     True
     """
-    from .ejecting import script
+    from .ejecting.eject import script
 
     return script(model, data, path, settings, overrides)

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from torch import nn
 
-from .ejecting_objects import call_text, directory_text, loader_text, made, place, policy_text, recorders
+from .ejecting.objects import call_text, directory_text, loader_text, made, place, policy_text, recorders
 from .hooks import Hook
 from .plan import Plan
 from .preparing import prepare

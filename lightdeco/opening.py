@@ -134,7 +134,8 @@ def _set_up(s: Session, writes: bool, stack: ExitStack, resumed: "Resumed | None
 
 def _open_directory(s: Session, stack: ExitStack, resumed: "Resumed | None") -> None:
     from . import resuming
-    from .directory import CHECKPOINTS, locked, make_directory
+    from .checkpoint.content import CHECKPOINTS
+    from .directory import locked, make_directory
     from .saving import Saver
     from .state import LOGGERS
 

@@ -94,13 +94,16 @@ def _as_list(value: Any) -> list[Any]:
 
 def _callbacks(settings: Settings, verb: str) -> list[object]:
     """The user's callbacks, then those that the settings ask for and the user did not give."""
-    from .callbacks.model_summary import ModelSummary
-    from .callbacks.progress_bar import ProgressBar
-
     found = _as_list(settings.callbacks)
     given = {type(callback) for callback in found}
-    if settings.summary and verb == "fit" and ModelSummary not in given:
-        found.append(ModelSummary(depth=1 if settings.summary is True else settings.summary))
-    if settings.progress_bar and ProgressBar not in given:
-        found.append(ProgressBar())
+    if settings.summary and verb == "fit":
+        from .callbacks.model_summary import ModelSummary
+
+        if ModelSummary not in given:
+            found.append(ModelSummary(depth=1 if settings.summary is True else settings.summary))
+    if settings.progress_bar:
+        from .callbacks.progress_bar import ProgressBar
+
+        if ProgressBar not in given:
+            found.append(ProgressBar())
     return found

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 from . import checkpoint
-from .callbacks.model_checkpoint import DefaultCheckpoint, ModelCheckpoint
+from .callbacks.model_checkpoint import POLICY, DefaultCheckpoint, ModelCheckpoint
 from .checkpoint import State
 from .directory import find
 from .errors import SettingsError, warn
+from .loggers.metrics_file import METRICS
 from .plan import Plan
 from .run import RESERVED_NAMES, Run
-from .saving import POLICY
 from .session import Session
 from .settings import Settings
 from .state import restore_data
@@ -82,6 +82,16 @@ def _rewind(run: Run) -> None:
     run.loggers.rewind(records)
 
 
+def _name_lost(run: Run, state: State) -> None:
+    """Warn that `metrics.jsonl` holds less than it held when the checkpoint was written."""
+    steps = [record["step"] for record in run.history]
+    there = f"{len(steps)} records, up to step {steps[-1]}" if steps else "no record"
+    warn(
+        f"{run.dir / METRICS} holds {there}: fewer than when the checkpoint was written, at global_step "
+        f"{state.progress['global_step']}. The others are lost; the run goes on, and its history lacks them"
+    )
+
+
 def load_first(s: Session, resumed: Resumed) -> None:
     """Load the weights, and the data object's own state, before anything is made of them."""
     if resumed.checkpoint is not None:
@@ -114,7 +124,11 @@ def go_on(s: Session, resumed: Resumed) -> None:
     """Cut the records back to the checkpoint, and take over what is kept in the directory."""
     run, state, directory = s.run, resumed.state, resumed.directory
     if directory is not None:
-        run.cut_records(0 if state is None else state.progress["records"])
+        size = 0 if state is None else state.progress["records"]
+        lost = run.records_size < size
+        run.cut_records(size)
+        if lost and state is not None:
+            _name_lost(run, state)
         _rewind(run)
     if s.saver is None or state is None or directory is None:
         return

@@ -15,7 +15,7 @@ from . import metrics
 from .data import batch_size_of
 from .errors import DataError, LightdecoError, StepError, warn
 from .loggers import Loggers
-from .loggers.metrics_file import MetricsFile, read
+from .loggers.metrics_file import METRICS, MetricsFile, read
 from .optim import Optim
 from .settings import Settings
 from .steps import is_metric
@@ -143,7 +143,7 @@ class Run:
     def open(self, directory: Path, loggers: Loggers) -> None:
         """Begin to write: records go to `metrics.jsonl` in the directory and to the loggers."""
         self._dir, self.loggers = directory, loggers
-        self._file = MetricsFile(directory / "metrics.jsonl")
+        self._file = MetricsFile(directory / METRICS)
 
     @property
     def records_size(self) -> int:

@@ -8,15 +8,12 @@ from typing import Any
 import torch
 
 from . import checkpoint
-from .callbacks.model_checkpoint import ModelCheckpoint
+from .callbacks.model_checkpoint import POLICY, ModelCheckpoint
 from .checkpoint import Snapshot, State
 from .checkpoint.content import encode
 from .errors import CheckpointError, LightdecoError, SettingsError, StepError, warn
 from .session import Session
 from .state import collect, collect_metrics
-
-#: The policy's own name among the states of callbacks.
-POLICY = "ModelCheckpoint"
 
 
 class Saver:
@@ -24,9 +21,6 @@ class Saver:
 
     `boundary` is called between two steps, where a run can be continued. A write that fails is one warning, and is
     tried again when the next one is due; at the end of the run it raises.
-
-    Raises:
-        SettingsError: the policy has a monitor, and the run no validation.
     """
 
     def __init__(self, session: Session, policy: ModelCheckpoint, directory: Path) -> None:

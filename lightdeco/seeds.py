@@ -13,10 +13,11 @@ All results are 32-bit unsigned integers, because torch's CPU generator drops th
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial, reduce
 from itertools import chain, count
+from typing import Any
 
 import numpy
 import torch
@@ -111,19 +112,32 @@ def seed_everything(seed: int) -> int:
     return seed
 
 
+def random_state() -> dict[str, Any]:
+    """The random state of torch (every CUDA device, once they are in use), NumPy and `random`, as plain values."""
+    name, *rest = numpy.random.get_state()
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "numpy": [name, *rest], "random": random.getstate()}
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what `random_state` gave; the states of CUDA devices only where there are as many."""
+    torch.set_rng_state(state["torch"])
+    numpy.random.set_state(tuple(state["numpy"]))
+    random.setstate(state["random"])
+    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
 @contextmanager
 def preserved() -> Iterator[None]:
     """Put the random state of torch (every device that is in use), NumPy and `random` back at the end."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    state = torch.get_rng_state(), numpy.random.get_state(), random.getstate()
+    state = random_state()
     try:
         yield
     finally:
-        torch.set_rng_state(state[0])
-        numpy.random.set_state(state[1])
-        random.setstate(state[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+        set_random_state(state)
 
 
 def reseeder(device: torch.device) -> Callable[[int], object]:

@@ -85,6 +85,8 @@ class Session:
     """The metrics of training."""
     saver: Saving | None = None
     """Writes checkpoints; None where none are wanted."""
+    unkept: set[str] = field(default_factory=set)
+    """Metrics that a checkpoint could not hold, and that a warning has named."""
     signals: Signals = field(default_factory=Signals)
     counted: int = -1
     """The `micro_batch` that was counted in `global_step` last."""

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import random
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import timedelta
@@ -10,13 +9,14 @@ from itertools import zip_longest
 from time import monotonic
 from typing import Any, Final
 
-import numpy
 import torch
 
+from .callbacks.model_checkpoint import POLICY
 from .checkpoint import State, load_optimizer
 from .errors import CheckpointError, warn
 from .loggers.masking import mask
 from .plan import Hook
+from .seeds import random_state, set_random_state
 from .session import Session
 
 #: The corner of the checkpoint that holds the states of the loggers, such as the id of a vendor's run.
@@ -44,8 +44,8 @@ def collect(s: Session, metrics: Mapping[str, Any] | None = None) -> State:
         callbacks={key: thing.state_dict() for key, thing in _with_state(s)},
         data=_data(s),
         progress=asdict(run.progress) | _position(s),
-        metrics={"latest": run.metrics} | dict(metrics or collect_metrics(s)),
-        random=_random(),
+        metrics={"latest": run.metrics} | _without_unkept(s, metrics or collect_metrics(s)),
+        random=random_state(),
         hparams=run.hparams,
         settings=_settings(s),
         extra=corners | {LOGGERS: run.loggers.state_dict(), OPTIMIZERS: _kinds(s)},
@@ -54,7 +54,7 @@ def collect(s: Session, metrics: Mapping[str, Any] | None = None) -> State:
 
 
 def collect_metrics(s: Session) -> dict[str, Any]:
-    """What was logged in the present epoch."""
+    """What was logged in the present epoch; of torchmetrics objects that are no part of the model, the names alone."""
     return {"means": s.means.state_dict(), "torchmetrics": _torchmetrics(s)}
 
 
@@ -74,7 +74,7 @@ def restore(s: Session, state: State) -> None:
         # After the schedulers, some of which set learning rates.
         load_optimizer(optim.optimizer, state.optimizers[name], name or "optimizer")
     things = dict(_with_state(s))
-    for key in [key for key in state.callbacks if key not in things and key != "ModelCheckpoint"]:
+    for key in [key for key in state.callbacks if key not in things and key != POLICY]:
         warn(f"the checkpoint holds a state of the callback {key}, which this run does not have; it is left out")
     for key, thing in things.items():
         if key in state.callbacks:
@@ -96,7 +96,7 @@ def restore(s: Session, state: State) -> None:
     _restore_torchmetrics(s, state.metrics["torchmetrics"])
     for key, hook in _named(s, "on_load_checkpoint"):
         s.plan.call(hook, run, (state.extra.get(key, {}),))
-    _restore_random(state.random)
+    set_random_state(state.random)
 
 
 def _position(s: Session) -> dict[str, Any]:
@@ -210,7 +210,8 @@ def _data(s: Session) -> dict[str, Any]:
     (loader,) = s.loaders["train"]
     thing = _data_object(s)
     own = thing.state_dict() if thing is not None else None
-    return {"own": own, "length": loader.length, "stream_workers": loader.stream_workers}
+    sizes = list(loader.batch_sizes)
+    return {"own": own, "length": loader.length, "batch_sizes": sizes, "stream_workers": loader.stream_workers}
 
 
 def _data_object(s: Session) -> Any:
@@ -221,7 +222,17 @@ def _data_object(s: Session) -> Any:
 def _compare_data(s: Session, data: Mapping[str, Any]) -> None:
     """Name what makes the batches other ones than those of the interrupted run."""
     (loader,) = s.loaders["train"]
-    if data["length"] != loader.length:
+    sizes = data.get("batch_sizes", [])  # not in checkpoints of the first days
+    known = [(before, now) for before, now in zip(sizes, loader.batch_sizes, strict=False) if None not in (before, now)]
+    changed = [(before, now) for before, now in known if before != now]
+    if changed:
+        before, now = changed[0]
+        warn(
+            f"the train loader gave batches of {before} samples ({data['length']} of them) when the checkpoint was "
+            f"written, and gives batches of {now} ({loader.length} of them) now: the run goes on with other batches "
+            "than it would have had"
+        )
+    elif data["length"] != loader.length:
         warn(
             f"the train loader had {data['length']} batches when the checkpoint was written and has {loader.length} "
             "now: the run goes on with other batches than it would have had"
@@ -252,18 +263,25 @@ def _torchmetrics(s: Session) -> dict[str, Any]:
     modules = _metric_modules(s)
     paths = {id(module): path for path, module in modules.items()}
     logged = {name: paths.get(id(metric)) for name, metric in s.means.metrics.items()}
-    for name, path in logged.items():
-        if path is None:
-            warn(
-                f"the torchmetrics object logged as {name!r} is no part of the model, so a checkpoint within an epoch "
-                "does not hold what it has counted; make it an attribute of the model"
-            )
     counted = {
         path: {"count": m._update_count, **{name: getattr(m, name) for name in m._defaults}}
         for path, m in modules.items()
         if m._update_count
     }
-    return {"logged": {name: path for name, path in logged.items() if path is not None}, "counted": counted}
+    return {"logged": logged, "counted": counted}
+
+
+def _without_unkept(s: Session, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics as a checkpoint holds them; those that it cannot hold are named, once in a run."""
+    logged: Mapping[str, str | None] = metrics["torchmetrics"]["logged"]
+    for name in [name for name, path in logged.items() if path is None and name not in s.unkept]:
+        s.unkept.add(name)
+        warn(
+            f"the torchmetrics object logged as {name!r} is no part of the model, so a checkpoint within an epoch "
+            "does not hold what it has counted; make it an attribute of the model"
+        )
+    kept = {name: path for name, path in logged.items() if path is not None}
+    return {**metrics, "torchmetrics": {**metrics["torchmetrics"], "logged": kept}}
 
 
 def _restore_torchmetrics(s: Session, state: Mapping[str, Any]) -> None:
@@ -279,22 +297,3 @@ def _restore_torchmetrics(s: Session, state: Mapping[str, Any]) -> None:
 
 def _moved(value: Any, device: Any) -> Any:
     return [v.to(device) for v in value] if isinstance(value, list) else value.to(device)
-
-
-# ---- random state ----------------------------------------------------------------------------------------------------
-
-
-def _random() -> dict[str, Any]:
-    name, *rest = numpy.random.get_state()
-    state = {"torch": torch.get_rng_state(), "numpy": [name, *rest], "random": random.getstate()}
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def _restore_random(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    numpy.random.set_state(tuple(state["numpy"]))
-    random.setstate(state["random"])
-    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])

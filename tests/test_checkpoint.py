@@ -636,3 +636,15 @@ def test_describe(tmp_path: Path) -> None:
     assert "step=9: NOT VALID" in text
     assert describe(tmp_path / "absent")[1] is False
     assert describe(tmp_path)[1] is False
+
+
+def test_weights_of_a_run_are_asked_for_by_checkpoint(tmp_path: Path) -> None:
+    """A run's directory and its folder of checkpoints are no checkpoint: what is there is listed, the newest last."""
+    for name in ("b", "a"):
+        save(tmp_path / "checkpoints", name, State(model=nn.Linear(2, 1).state_dict()))
+    for given in (tmp_path, tmp_path / "checkpoints"):
+        with pytest.raises(CheckpointError, match=r"give the path of one of its checkpoints: .*/b, .*checkpoints/a$"):
+            load_weights(nn.Linear(2, 1), given)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="manifest"):
+        load_weights(nn.Linear(2, 1), tmp_path / "empty")

@@ -1,19 +1,24 @@
 """Resuming: an interrupted run goes on, and ends bit for bit as if it had never stopped."""
 
 import json
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+import torchmetrics
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
 import lightdeco as ld
 from lightdeco import checkpoint
 from lightdeco.callbacks.model_checkpoint import ModelCheckpoint
+from lightdeco.data.loader import Loader
+from lightdeco.state import _compare_data
 from tests.models import weights
 
 QUIET: Any = {"logger": False, "progress_bar": False, "summary": False, "seed": 5}
@@ -276,6 +281,75 @@ def test_what_changes_the_batches_is_named(tmp_path: Path) -> None:
     other = DataLoader(Noisy(30), batch_size=8, shuffle=True), DataLoader(Noisy(10), batch_size=4)
     with pytest.warns(ld.LightdecoWarning, match="had 7 batches when the checkpoint was written and has 4 now"):
         ld.fit(Net(), other, **QUIET, root_dir=tmp_path, name="run", max_epochs=2, resume="auto")
+
+
+def test_another_batch_size_is_named(tmp_path: Path) -> None:
+    """Also where there are as many batches as before."""
+    fit(tmp_path, max_epochs=1)
+    other = DataLoader(Noisy(28), batch_size=4, shuffle=True), DataLoader(Noisy(10), batch_size=4)
+    given: Any = QUIET | {"root_dir": tmp_path, "name": "run"}
+    with pytest.warns(ld.LightdecoWarning, match=r"batches of 8 samples \(7 of them\) when .* of 4 \(7 of them\) now"):
+        ld.fit(Net(), other, **given, max_epochs=2, resume="auto")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_batch_sizes_of_several_loaders_are_compared(known: bool) -> None:
+    """Part by part; of a part that does not tell, nothing is said."""
+    parts: list[Any] = [DataLoader(Noisy(), batch_size=8), [1, 2] if not known else DataLoader(Noisy(), batch_size=2)]
+    loader = Loader(ld.CombinedLoader(parts, mode="min_size"), seed=0)
+    assert loader.batch_sizes == (8, 2 if known else None)
+    sampler = BatchSampler(SequentialSampler(Noisy()), 5, drop_last=False)
+    assert Loader(DataLoader(Noisy(), batch_sampler=sampler), seed=0).batch_sizes == (5,)
+    assert Loader([1, 2], seed=0).batch_sizes == (None,)
+
+
+def test_a_checkpoint_without_batch_sizes_says_nothing_of_them() -> None:
+    """Those of the first days do not hold them."""
+    session: Any = SimpleNamespace(loaders={"train": (Loader(DataLoader(Noisy(), batch_size=8), seed=0),)})
+    _compare_data(session, {"length": 7, "stream_workers": None})
+
+
+@pytest.mark.parametrize("left", [0, 2])
+def test_lost_records_are_named(tmp_path: Path, left: int) -> None:
+    """One warning says which steps they were of, and the run goes on."""
+    _, run = fit(tmp_path, max_epochs=1)
+    path = run.dir / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    if left:
+        path.write_bytes(b"".join(lines[:left]))
+    else:
+        path.unlink()
+    where = r"up to step 6" if left else "no record"
+    with pytest.warns(ld.LightdecoWarning, match=rf"metrics.jsonl.*{where}.*global_step 7") as seen:
+        _, more = fit(tmp_path, resume="auto", max_epochs=2)
+    assert len(seen) == 1
+    assert more.global_step == 14
+    assert [record["step"] for record in more.history][:left] == [3, 6][:left]
+
+
+class Counter(Net):
+    """Logs a torchmetrics object that is no part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        vars(self)["outside"] = torchmetrics.MeanMetric()
+
+    @ld.training_step
+    def step(self, batch: Any) -> Any:
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        vars(self)["outside"].update(loss.detach())
+        ld.log("outside", vars(self)["outside"])
+        return loss
+
+
+def test_a_metric_outside_of_the_model_is_named_when_it_is_lost(tmp_path: Path) -> None:
+    """Once, by a checkpoint within an epoch; those between two epochs lose nothing."""
+    fit(tmp_path, Counter(), name="ends")
+    fit(tmp_path, Counter(), name="none", checkpoint=False)
+    warnings.simplefilter("always")
+    with pytest.warns(ld.LightdecoWarning, match="'outside' is no part of the model") as seen:
+        fit(tmp_path, Counter(), checkpoint=ModelCheckpoint(every_n_steps=2))
+    assert len(seen) == 1
 
 
 def test_the_data_object_gets_its_state_first(tmp_path: Path) -> None:

@@ -56,8 +56,6 @@ def steps(run: ld.Run) -> list[int]:
         ([3, 1, 2, 4, 5], {"save_top_k": 0}, [30], None),
         ([3, 1, 2, 4, 5], {"save_top_k": None}, [6, 12, 18, 24, 30], 12),
         ([3, 1, 2, 4, 5], {"save_last": False}, [12, 30], 12),
-        ([3, 1, 2, 4, 5], {"save_last": False, "every_n_epochs": 1}, [12, 30], 12),
-        ([3, 1, 2, 4, 5], {"save_last": False, "every_n_steps": 4}, [12, 30], 12),
         ([3, 1, 2, 4, 5], {"every_n_epochs": 2}, [12, 30], 12),
         ([3, 1, 1, 1, 5], {"save_top_k": 1}, [12, 30], 12),
         ([3, 1, 1, 1, 5], {"save_top_k": 2}, [12, 18, 30], 12),
@@ -216,6 +214,16 @@ def test_arguments_are_checked(name: str, value: Any) -> None:
     """A wrong one is named, with what is allowed."""
     with pytest.raises(ld.SettingsError, match=rf"ModelCheckpoint\({name}=.*allowed: "):
         ModelCheckpoint(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["every_n_steps", "every_n_epochs", "every_seconds"])
+def test_what_would_be_written_and_removed_at_once_is_refused(name: str) -> None:
+    """With a monitor and without `save_last` only the best stay, and they are written in any case."""
+    every: Any = {name: 2}
+    with pytest.raises(ld.SettingsError, match=rf"monitor='val/loss', save_last=False, {name}=2\).*leave {name} out"):
+        ModelCheckpoint("val/loss", save_last=False, **every)
+    assert ModelCheckpoint("val/loss", **every).save_last
+    assert not ModelCheckpoint(save_last=False, **every).save_last  # without a monitor the newest stay
 
 
 @pytest.mark.parametrize("given", ["best", ModelCheckpoint, None, [ModelCheckpoint()], object()])

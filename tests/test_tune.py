@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 import lightdeco as ld
-from lightdeco.tune import find_batch_size, lr_find
-from lightdeco.tune_batch import is_out_of_memory
-from lightdeco.tune_curve import LRCurve, _smoothed
+from lightdeco.tuning import find_batch_size, lr_find
+from lightdeco.tuning.batch import is_out_of_memory
+from lightdeco.tuning.curve import LRCurve, _smoothed
 from tests.models import Net, batches
 
 

@@ -1,8 +1,8 @@
 """Callbacks: objects with marked methods, as a user would write them. Each is imported when it is first asked for."""
 
-from typing import TYPE_CHECKING as _TYPE_CHECKING
+import typing as _typing
 
-if _TYPE_CHECKING:
+if _typing.TYPE_CHECKING:  # not under another name: checkers know it by this one
     from .device_stats import DeviceStats
     from .early_stopping import EarlyStopping
     from .lambda_callback import LambdaCallback
@@ -12,18 +12,21 @@ if _TYPE_CHECKING:
     from .progress_bar import ProgressBar
     from .throughput_monitor import ThroughputMonitor
     from .timer import Timer
+else:  # or a misspelt name would be no error
+    from lightdeco.lazy import importer as _importer
 
-_MODULES = {
-    "DeviceStats": "device_stats",
-    "EarlyStopping": "early_stopping",
-    "LambdaCallback": "lambda_callback",
-    "LearningRateMonitor": "learning_rate_monitor",
-    "ModelCheckpoint": "model_checkpoint",
-    "ModelSummary": "model_summary",
-    "ProgressBar": "progress_bar",
-    "ThroughputMonitor": "throughput_monitor",
-    "Timer": "timer",
-}
+    _MODULES = {
+        "DeviceStats": ".device_stats",
+        "EarlyStopping": ".early_stopping",
+        "LambdaCallback": ".lambda_callback",
+        "LearningRateMonitor": ".learning_rate_monitor",
+        "ModelCheckpoint": ".model_checkpoint",
+        "ModelSummary": ".model_summary",
+        "ProgressBar": ".progress_bar",
+        "ThroughputMonitor": ".throughput_monitor",
+        "Timer": ".timer",
+    }
+    __getattr__ = _importer(__name__, _MODULES)
 
 __all__ = [
     "DeviceStats",
@@ -36,12 +39,3 @@ __all__ = [
     "ThroughputMonitor",
     "Timer",
 ]
-
-
-def __getattr__(name: str) -> object:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'lightdeco.callbacks' has no attribute {name!r}")
-    import importlib
-
-    found = globals()[name] = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
-    return found

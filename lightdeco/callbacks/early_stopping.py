@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from lightdeco.errors import SettingsError, nearest, warn
+from lightdeco.errors import SettingsError, nearest, warn, wrong_argument
 from lightdeco.marks import (
     on_fit_start,
     on_train_end,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from lightdeco.run import Run
 
 _MODES: Final = ("min", "max")
+_wrong = partial(wrong_argument, "EarlyStopping")
 
 
 class EarlyStopping:
@@ -201,7 +203,3 @@ class EarlyStopping:
 
 def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _wrong(name: str, value: object, allowed: str) -> SettingsError:
-    return SettingsError(f"EarlyStopping({name}={value!r}); allowed: {allowed}")

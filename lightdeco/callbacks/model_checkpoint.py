@@ -4,11 +4,15 @@ import math
 import string
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Final, Literal
 
-from lightdeco.errors import CheckpointError, SettingsError, nearest, warn
+from lightdeco.errors import CheckpointError, SettingsError, nearest, warn, wrong_argument
 
+#: The policy's own name among the states of callbacks in a checkpoint.
+POLICY: Final = "ModelCheckpoint"
 _MODES = ("min", "max")
+_wrong = partial(wrong_argument, "ModelCheckpoint")
 _FORBIDDEN = '/\\:*?"<>|'
 _CONVERSIONS: dict[str | None, Callable[[float], object]] = {None: lambda value: value, "r": repr, "s": str, "a": ascii}
 
@@ -26,7 +30,8 @@ class ModelCheckpoint:
         monitor: the metric that decides which are best, such as "val/loss". Without one the newest are kept.
         mode: whether less ("min") or more ("max") is better.
         save_top_k: how many of the best (without `monitor`: of the newest) stay; None for all, 0 for none.
-        save_last: with a `monitor`, also keep the newest. The one at the end of the run is kept in any case.
+        save_last: with a `monitor`, also keep the newest. The one at the end of the run is kept in any case. False
+            goes with none of the three `every_…`: what they write would be removed at once.
         every_n_steps: steps between two checkpoints; counts `global_step`.
         every_n_epochs: epochs between two checkpoints.
         every_seconds: seconds between two checkpoints, at least.
@@ -76,6 +81,8 @@ class ModelCheckpoint:
                 raise _wrong(name, flag, "True, False")
         if filename is not None:
             _check_filename(filename)
+        every = {"every_n_steps": every_n_steps, "every_n_epochs": every_n_epochs, "every_seconds": every_seconds}
+        _check_occasions(monitor, save_last, every)
         self.monitor, self.mode, self.save_top_k, self.save_last = monitor, mode, save_top_k, save_last
         self.every_n_steps, self.every_n_epochs, self.every_seconds = every_n_steps, every_n_epochs, every_seconds
         self.filename, self.on_exception, self.background = filename, on_exception, background
@@ -243,16 +250,24 @@ class DefaultCheckpoint(ModelCheckpoint):
         super().__init__(monitor="val/loss", every_seconds=30)
 
 
-def _wrong(name: str, value: object, allowed: str) -> SettingsError:
-    return SettingsError(f"ModelCheckpoint({name}={value!r}); allowed: {allowed}")
-
-
 def _integer(value: object, minimum: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
 def _positive(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _check_occasions(monitor: str | None, save_last: bool, every: Mapping[str, object]) -> None:
+    """Refuse to write what would be removed at once, since it is neither among the best nor kept as the newest."""
+    named = [name for name, value in every.items() if value is not None]
+    if monitor is not None and not save_last and named:
+        given = ", ".join(f"{name}={every[name]!r}" for name in named)
+        raise SettingsError(
+            f"ModelCheckpoint(monitor={monitor!r}, save_last=False, {given}): what is written then would be removed at "
+            f"once: only the best stay, and they are written at each validation; leave {' and '.join(named)} out, or "
+            "give save_last=True"
+        )
 
 
 def _check_filename(filename: object) -> None:

@@ -4,6 +4,7 @@ import math
 import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor
 
 from lightdeco.data import batch_size_of
-from lightdeco.errors import DataError, SettingsError, nearest
+from lightdeco.errors import DataError, SettingsError, nearest, wrong_argument
 from lightdeco.marks import on_train_batch_end, on_train_start, on_validation_end, on_validation_start
 from lightdeco.steps import is_scalar
 
 if TYPE_CHECKING:
     from lightdeco.run import Run
+
+_wrong = partial(wrong_argument, "ThroughputMonitor")
 
 #: Dense FLOP/s of a device, by a pattern of the name that torch gives it: (16 bits, tf32, float32), in 1e12; None: not
 #: supported. The makers' numbers, without sparsity.
@@ -236,7 +239,3 @@ def _sum(counts: Sequence[Any]) -> Any:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-
-
-def _wrong(name: str, value: object, allowed: str) -> SettingsError:
-    return SettingsError(f"ThroughputMonitor({name}={value!r}); allowed: {allowed}")

@@ -21,6 +21,8 @@ OPTIMIZER: Final = "optimizer.safetensors"
 OTHERS: Final = "state.safetensors"
 JSON: Final = "state.json"
 FILES: Final = (MODEL, OPTIMIZER, OTHERS, JSON)
+#: The folder of checkpoints in a run's directory.
+CHECKPOINTS: Final = "checkpoints"
 
 #: What `scheduler.state_dict()` may hold and `load_state_dict` need not get: a fresh scheduler has its own.
 _FUNCTIONS: Final = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)

@@ -7,7 +7,7 @@ from pathlib import Path
 from lightdeco.errors import CheckpointError
 
 from . import load, tensors
-from .content import FILES, JSON
+from .content import CHECKPOINTS, FILES, JSON
 from .files import Source
 from .manifest import MANIFEST, read_manifest, verify
 
@@ -23,8 +23,8 @@ def describe(path: Path) -> tuple[str, bool]:
         return f"{path} is no directory; allowed: a checkpoint, a folder of checkpoints, a run's directory", False
     if any((path / name).exists() for name in (MANIFEST, *FILES)):
         return _one(path)
-    if (path / "checkpoints").is_dir():
-        path = path / "checkpoints"
+    if (path / CHECKPOINTS).is_dir():
+        path = path / CHECKPOINTS
     found = [entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
     if not found:
         return f"{path} holds no checkpoint", False

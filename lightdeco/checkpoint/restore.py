@@ -1,6 +1,7 @@
 """Put what a checkpoint holds back into a model and its optimizers, in place."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 from lightdeco.errors import CheckpointError, nearest
 
 from . import tensors
-from .content import MODEL
+from .content import CHECKPOINTS, FILES, MODEL
 from .files import Source
-from .manifest import check_files
+from .manifest import MANIFEST, check_files, read_manifest
 
 _SHOWN = 10
 
@@ -34,7 +35,7 @@ def load_weights(model: nn.Module, path: str | Path, strict: bool = True) -> Loa
 
     Args:
         model: any module; parameters of a lazy one get their shapes from the file.
-        path: a checkpoint's directory or a `.safetensors` file.
+        path: a checkpoint's directory or a `.safetensors` file. For a run's directory the error lists what is there.
         strict: names must be the same, and a dtype of the file must be the model's or fit into it without loss (as
             bfloat16 into float32). With False, names that only one side has are left out and numbers are converted.
 
@@ -110,6 +111,7 @@ def _read(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     from . import load  # its module imports this one
 
     if path.is_dir():
+        _refuse_folder(path)
         manifest = check_files(path)
         if MODEL not in manifest.files:
             raise CheckpointError(f"{path}: holds no {MODEL}")
@@ -125,6 +127,24 @@ def _read(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"{path}: allowed: a checkpoint's directory or a .safetensors file; nothing is unpickled")
     with Source(path.resolve()) as source:  # a single file that the user names may be a link (model hubs use them)
         return {**tensors.read(source)}
+
+
+def _refuse_folder(path: Path) -> None:
+    """Name what is in a run's directory or a folder of checkpoints, where a checkpoint is wanted."""
+    if any((path / name).exists() for name in (MANIFEST, *FILES)):
+        return
+    folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+    found = {each.parent: 0 for each in folder.glob(f"[!.]*/{MANIFEST}")}
+    for each in found:
+        with suppress(CheckpointError):
+            found[each] = read_manifest(each).serial
+    if found:
+        what = "a run's directory" if folder != path else "a folder of checkpoints"
+        names = ", ".join(str(each) for each in sorted(found, key=lambda each: found[each])[-_SHOWN:])
+        raise CheckpointError(
+            f"{path} is {what}, which may hold several weights, and no checkpoint; give the path of one of its "
+            f"checkpoints: {names}"
+        )
 
 
 def _tied(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, str]:

@@ -44,6 +44,7 @@ class Loader:
         name: the name the user gave, or None for a single loader.
         length: what `len()` says, or None where it is not known. It is a claim: iteration decides.
         exact: whether a position is reached without reading the data before it.
+        batch_sizes: samples in a batch, for each part of a `CombinedLoader`; None where the loader does not tell.
         one_shot: whether it can be read only once (a generator, say).
         stream_workers: of an iterable dataset, the number of workers: its order depends on it. Otherwise None.
         several: whether batches come from several loaders one after another, so that `dataloader_idx` changes.
@@ -58,6 +59,7 @@ class Loader:
         share = _ALL if _shares_itself(loader) else share
         length = _length(loader)
         self.length = None if length is None else share.length(length)
+        self.batch_sizes = tuple(map(_batch_size, loader.parts if isinstance(loader, CombinedLoader) else [loader]))
         self.one_shot = _one_shot(loader)
         self.several = isinstance(loader, CombinedLoader) and loader.mode == "sequential"
         self._seed = seed
@@ -101,6 +103,11 @@ def _length(loader: Any) -> int | None:
         # torch would warn later that the length, which nobody but us asked for, is wrong.
         if isinstance(loader, DataLoader):
             loader._IterableDataset_len_called = called
+
+
+def _batch_size(loader: Any) -> int | None:
+    sizes = (getattr(each, "batch_size", None) for each in (loader, getattr(loader, "batch_sampler", None)))
+    return next((size for size in sizes if type(size) is int), None)
 
 
 def _one_shot(loader: Any) -> bool:

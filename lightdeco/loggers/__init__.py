@@ -15,15 +15,11 @@ step,train/loss
 
 import importlib
 import importlib.metadata
-import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy
-import torch
-
+from lightdeco import lazy, seeds
 from lightdeco.errors import LoggerError, nearest
 
 from .protocol import Logger
@@ -93,7 +89,7 @@ def create(
         directory: the directory of the run, which must exist.
         state: what `Loggers.state_dict` gave, when a run is resumed; loggers that it does not name start anew.
 
-    The random state of Python and NumPy and torch's on the CPU stay as they are, whatever a vendor draws.
+    The random state of Python, NumPy and torch stays as it is, whatever a vendor draws.
 
     Returns:
         The loggers by name; an object's name is that of its class in lower case, with a number where it is taken.
@@ -109,7 +105,7 @@ def create(
             if kind in made and isinstance(item, str):
                 raise LoggerError(f"the logger {kind!r} is given twice; give it once, or objects with a directory each")
             key = _unique(kind, made)
-            with _same_randomness():
+            with seeds.preserved():
                 logger = _checked(_make(item) if isinstance(item, str) else item, kind)
                 _open(logger, kind, directory, (state or {}).get(key))
             made[key] = logger
@@ -155,17 +151,6 @@ def _open(logger: Logger, key: str, directory: Path, state: Mapping[str, object]
         raise _failure(key, error, _BUILT_IN.get(key, ("", "", ""))[2]) from error
 
 
-@contextmanager
-def _same_randomness() -> Iterator[None]:
-    before, numpys, torchs = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(before)
-        numpy.random.set_state(numpys)
-        torch.set_rng_state(torchs)
-
-
 def _failure(name: str, error: Exception, package: str) -> LoggerError:
     if isinstance(error, LoggerError):
         return error
@@ -208,9 +193,5 @@ def _has(logger: object, method: str) -> bool:
     return callable(getattr(logger, method, None))
 
 
-def __getattr__(name: str) -> object:
-    """The classes of the built-in loggers, imported when they are first asked for."""
-    for module, attribute, _ in _BUILT_IN.values():
-        if name == attribute:
-            return getattr(importlib.import_module(module), attribute)
-    raise AttributeError(f"module 'lightdeco.loggers' has no attribute {name!r}")
+if not TYPE_CHECKING:  # or a misspelt name would be no error
+    __getattr__ = lazy.importer(__name__, {name: module for module, name, _ in _BUILT_IN.values()})

@@ -4,12 +4,14 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import SupportsFloat, cast
+from typing import Final, SupportsFloat, cast
 
 from lightdeco.errors import LoggerError, warn
 
 from .lines import Lines
 
+#: Its name in the run's directory.
+METRICS: Final = "metrics.jsonl"
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _TEXT_FIELDS = frozenset({"stage"})
 

@@ -8,16 +8,18 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from lightdeco.callbacks.model_checkpoint import POLICY
 from lightdeco.checkpoint import State
-from lightdeco.checkpoint.content import JSON, MODEL, OTHERS
+from lightdeco.checkpoint.content import CHECKPOINTS, JSON, MODEL, OTHERS
 from lightdeco.checkpoint.encoding import Decoder
 from lightdeco.checkpoint.files import Source, parse
 from lightdeco.checkpoint.manifest import Manifest, check_files
 from lightdeco.checkpoint.tensors import Entry, read, read_header
-from lightdeco.directory import CHECKPOINTS, METRICS
+from lightdeco.directory import LOCK
 from lightdeco.errors import CheckpointError, LightdecoError
 from lightdeco.loggers import metrics_file
 from lightdeco.loggers.masking import mask, mask_text
+from lightdeco.loggers.metrics_file import METRICS
 from lightdeco.run import Run
 from lightdeco.settings import Settings, explicit
 
@@ -166,7 +168,7 @@ def _read_newest(found: Facts, path: Path) -> None:
     changed = {name: value for name, value in parts.settings.items() if DEFAULTS.get(name) != value}
     found.settings = _plain_settings(changed)
     found.environment = mask(parts.versions)
-    kept = parts.callbacks.get("ModelCheckpoint")
+    kept = parts.callbacks.get(POLICY)
     scores = kept.get("kept") if isinstance(kept, dict) else None
     for one in found.checkpoints:
         score = scores.get(one.name) if isinstance(scores, dict) else None
@@ -217,8 +219,8 @@ def _ending_on_disk(found: Facts, directory: Path) -> tuple[str, str]:
     """The state and the ending, as far as files tell: the lock is there while a run goes on, or after it was killed."""
     owner = ""
     with suppress(OSError):
-        owner = (directory / "run.lock").read_text(encoding="utf-8", errors="replace")[:200].strip()
-    if owner or (directory / "run.lock").exists():
+        owner = (directory / LOCK).read_text(encoding="utf-8", errors="replace")[:200].strip()
+    if owner or (directory / LOCK).exists():
         alive = _is_alive(owner)
         if alive is None:
             return "unknown", f"in use by {owner or 'another process'}, or killed: its lock is still there"

@@ -43,3 +43,10 @@ def wrong_parts(net: Net) -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     ld.Optim(optimizer, interval="batch")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     ld.CombinedLoader([[1]], mode="longest")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def wrong_names() -> None:
+    """So is every name of the packages whose names are imported late."""
+    print(ld.EarlyStoping)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    print(ld.callbacks.Timers)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    print(ld.loggers.Wandb)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,9 +1,10 @@
 """The function `main` of an ejected script: the loop of one run, in the order of time."""
 
-from .ejecting_evaluate import early_begins, early_stopping, held_off, validation
-from .ejecting_script import Script, kind_of, wishes, words
-from .ejecting_step import schedule, several, train_part, transfer
-from .limits import cut, val_interval
+from lightdeco.limits import cut, val_interval
+
+from .evaluate import early_begins, early_stopping, held_off, validation
+from .script import Script, kind_of, wishes, words
+from .step import schedule, several, train_part, transfer
 
 
 def main(script: Script) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
-from .errors import LightdecoError
+from lightdeco.errors import LightdecoError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,11 +5,11 @@ from typing import Any, Final
 
 import torch
 
-from .data import batch_size_of
-from .errors import DataError, LightdecoError
-from .marks import on_train_batch_start, on_train_epoch_end, on_train_start
-from .roles import SKIP_EPOCH
-from .run import Run
+from lightdeco.data import batch_size_of
+from lightdeco.errors import DataError, LightdecoError
+from lightdeco.marks import on_train_batch_start, on_train_epoch_end, on_train_start
+from lightdeco.roles import SKIP_EPOCH
+from lightdeco.run import Run
 
 #: Forms of running out of memory that accelerate's predicate does not know.
 _FORMS: Final = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")

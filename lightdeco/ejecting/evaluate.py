@@ -1,10 +1,11 @@
 """Validation and early stopping in an ejected script."""
 
-from .callbacks import EarlyStopping
-from .data.loader import Loader
-from .ejecting_script import Script, kind_of, wishes
-from .ejecting_step import transfer
-from .limits import cut
+from lightdeco.callbacks import EarlyStopping
+from lightdeco.data.loader import Loader
+from lightdeco.limits import cut
+
+from .script import Script, kind_of, wishes
+from .step import transfer
 
 
 def evaluate(script: Script) -> None:

@@ -7,17 +7,18 @@ from typing import Any
 
 from torch import nn
 
-from . import launch
-from .ejecting_makers import importable
-from .ejecting_objects import attached
-from .ejecting_script import Script
-from .ejecting_text import written
-from .errors import LightdecoError, MarkError, SettingsError
-from .hooks import Hook
-from .opening import opened
-from .plan import Plan
-from .preparing import prepare
-from .settings import Settings, resolve
+from lightdeco import launch
+from lightdeco.errors import LightdecoError, MarkError, SettingsError
+from lightdeco.hooks import Hook
+from lightdeco.opening import opened
+from lightdeco.plan import Plan
+from lightdeco.preparing import prepare
+from lightdeco.settings import Settings, resolve
+
+from .makers import importable
+from .objects import attached
+from .script import Script
+from .text import written
 
 
 def script(

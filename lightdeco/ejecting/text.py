@@ -4,12 +4,12 @@ import re
 import textwrap
 from typing import Any
 
-from .ejecting_evaluate import evaluate
-from .ejecting_makers import Makers, functions
-from .ejecting_objects import attached
-from .ejecting_parts import imports, needed
-from .ejecting_script import Script, kind_of
-from .ejecting_train import main
+from .evaluate import evaluate
+from .makers import Makers, functions
+from .objects import attached
+from .parts import imports, needed
+from .script import Script, kind_of
+from .train import main
 
 
 def written(script: Script, data: Any) -> str:

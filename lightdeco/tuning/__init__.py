@@ -1,7 +1,7 @@
 """Searches that run `fit` a little and leave no trace: the learning rate, and the batch size.
 
 Weights, buffers, gradients, modes, attributes, generators and random state are afterwards as they were, also when an
-exception ends the search; `tune_state.py` says how far that goes.
+exception ends the search; `state.py` says how far that goes.
 """
 
 import math
@@ -13,24 +13,25 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .current import optimizers
-from .data import split
-from .errors import DataError, MarkError, SettingsError
-from .hooks import is_marked
-from .loop import fit
-from .marks import on_train_batch_start, on_train_start
-from .roles import SKIP_EPOCH
-from .run import Run
-from .settings import Settings
-from .tune_batch import Hunt, Probe, is_out_of_memory
-from .tune_curve import LRCurve
-from .tune_loaders import Sized, parts
-from .tune_search import check_choice, check_count, searching, without_schedulers
+from lightdeco.current import optimizers
+from lightdeco.data import split
+from lightdeco.errors import DataError, MarkError, SettingsError
+from lightdeco.hooks import is_marked
+from lightdeco.loop import fit
+from lightdeco.marks import on_train_batch_start, on_train_start
+from lightdeco.roles import SKIP_EPOCH
+from lightdeco.run import Run
+from lightdeco.settings import Settings
+
+from .batch import Hunt, Probe, is_out_of_memory
+from .curve import LRCurve
+from .loaders import Sized, parts
+from .search import check_choice, check_count, searching, without_schedulers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .settings import Overrides
+    from lightdeco.settings import Overrides
 
 Scale = Literal["exponential", "linear"]
 Search = Literal["power", "binsearch"]
@@ -72,7 +73,7 @@ def lr_find(
         MarkError: the optimizer has no learning rate; and whatever `fit` raises.
 
     >>> import torch, lightdeco as ld
-    >>> from lightdeco.tune import lr_find
+    >>> from lightdeco import lr_find
     >>> class Net(torch.nn.Linear):
     ...     @ld.training_step
     ...     def step(self, batch):

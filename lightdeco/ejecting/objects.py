@@ -12,8 +12,9 @@ from typing import Any, Final
 
 from torch.utils.data import DataLoader
 
-from .hooks import Hook
-from .settings import Settings
+from lightdeco.hooks import Hook
+from lightdeco.loggers.metrics_file import METRICS
+from lightdeco.settings import Settings
 
 _ROOT: Final = Path(__file__).resolve().parents[1]
 
@@ -131,7 +132,7 @@ def recorders(settings: Settings) -> str:
     given = settings.logger
     several: Any = given if isinstance(given, (list, tuple)) else [given]
     names = [] if given is False else ["tensorboard"] if given is True else several
-    return ", ".join(["metrics.jsonl", *(name if isinstance(name, str) else type(name).__name__ for name in names)])
+    return ", ".join([METRICS, *(name if isinstance(name, str) else type(name).__name__ for name in names)])
 
 
 def policy_text(settings: Settings) -> str:

@@ -10,15 +10,16 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from .callbacks import EarlyStopping
-from .data.loader import Loader, _Listed
-from .data.rebuilt import IndexedSource, _draws_once, _only_tensors
-from .ejecting_objects import arguments, attached, method_name
-from .hooks import Hook
-from .optim import Optim, is_scheduler, parameters_of
-from .plan import Plan
-from .session import Session
-from .settings import Settings
+from lightdeco.callbacks import EarlyStopping
+from lightdeco.data.loader import Loader, _Listed
+from lightdeco.data.rebuilt import IndexedSource, _draws_once, _only_tensors
+from lightdeco.hooks import Hook
+from lightdeco.optim import Optim, is_scheduler, parameters_of
+from lightdeco.plan import Plan
+from lightdeco.session import Session
+from lightdeco.settings import Settings
+
+from .objects import arguments, attached, method_name
 
 #: What the plain namespace `run` has besides what the loop keeps up to date.
 _RUN_KEPT = ("epoch", "global_step", "metrics", "should_stop", "stop_reason")
@@ -178,7 +179,7 @@ class Script:
 
     def unknown_of_run(self) -> list[str]:
         """What the methods that ask for `run` seem to take from it, and the script's namespace does not have."""
-        from .run import Run
+        from lightdeco.run import Run
 
         public = {
             name for name in (*vars(Run), "history", "hparams", "settings", "loggers") if not name.startswith("_")

@@ -1,7 +1,8 @@
 """A training step in an ejected script: the way of a batch to the device, the step, backward, the update, schedules."""
 
-from .ejecting_script import Part, Script, holds_all
-from .optim import is_plateau, needs_closure
+from lightdeco.optim import is_plateau, needs_closure
+
+from .script import Part, Script, holds_all
 
 
 def transfer(script: Script, seed: str, index: str) -> None:

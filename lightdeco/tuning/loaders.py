@@ -8,9 +8,9 @@ from typing import Any, Final
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from .data import CombinedLoader, split
-from .errors import DataError, nearest
-from .hooks import is_marked
+from lightdeco.data import CombinedLoader, split
+from lightdeco.errors import DataError, nearest
+from lightdeco.hooks import is_marked
 
 #: Arguments of DataLoader that are decided here; the others are taken over.
 _OWN: Final = ("dataset", "batch_size", "shuffle", "sampler", "batch_sampler")

@@ -10,13 +10,14 @@ from typing import Any, Final, cast
 
 from torch import nn
 
-from . import seeds
-from .attach import attach
-from .errors import SettingsError, nearest, warn
-from .hooks import read
-from .optim import read_optimizers
-from .settings import Settings, resolve
-from .tune_state import kept
+from lightdeco import seeds
+from lightdeco.attach import attach
+from lightdeco.errors import SettingsError, nearest, warn
+from lightdeco.hooks import read
+from lightdeco.optim import read_optimizers
+from lightdeco.settings import Settings, resolve
+
+from .state import kept
 
 #: What a search decides by itself, besides `root_dir`: nothing is kept, shown or stopped.
 _QUIET: Final[dict[str, Any]] = {

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from .ejecting_objects import arguments_of, loader_text, made
+from .objects import arguments_of, loader_text, made
 
 
 @dataclass
