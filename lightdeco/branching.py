@@ -12,6 +12,7 @@ from .errors import MarkError, SettingsError, nearest, warn
 from .manual import Manual, refuse_settings
 from .metrics import Series
 from .optim import Optim, clip, needs_closure, parameters_of, read_optimizers, step_scheduler
+from .peers import Peers
 from .plan import Hook
 from .session import Session
 
@@ -53,6 +54,8 @@ def prepare_optimizers(s: Session, stack: ExitStack) -> None:
     s.parted = len(steps) > 1 or manual or s.branches[0].every != 1 or "split_batch" in call
     _plain(s)
     _losses(s)
+    if isinstance(s.peers, Peers):
+        s.peers.needs_loss = settings.on_nan == "skip" or any(branch.closure for branch in s.branches)
 
 
 def _refuse_foreign(s: Session, where: str) -> None:
@@ -151,7 +154,7 @@ def _plain(s: Session) -> None:
     """Find out whether an update is nothing but `optimizer.step()`."""
     branch = s.branches[0]
     by_step = branch.optim is not None and branch.optim.scheduler is not None and branch.optim.interval == "step"
-    more = branch.closure or by_step or "clip_gradients" in s.call or s.settings.on_nan == "skip"
+    more = s.group.size > 1 or branch.closure or by_step or "clip_gradients" in s.call or s.settings.on_nan == "skip"
     s.plain_update = not more and s.heard("on_before_optimizer_step") is None
 
 

@@ -1,15 +1,26 @@
 """The processes of a run, and what they tell each other."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
+from .errors import LightdecoError
 from .joined import group_store, join
 
 T = TypeVar("T")
+
+
+class Kept(Generic[T]):
+    """What stays on rank 0, because it cannot or need not be sent; the others get `Kept(None)`."""
+
+    def __init__(self, thing: T | None = None) -> None:
+        self.thing = thing
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Kept, ()
 
 
 class Group:
@@ -38,10 +49,36 @@ class Group:
         found: T = box[0]
         return found
 
+    def first(self, function: Callable[[], T]) -> T:
+        """Call a function on rank 0 alone; every process gets what it returned, or raises what it raised."""
+        if self.size == 1:
+            return function()
+        result: Any = None
+        error: Exception | None = None
+        if self.rank == 0:
+            try:
+                result = function()
+            except Exception as raised:  # the others wait: they must hear of it
+                error = raised
+        told = self.same((result, _sent(error)))
+        if error is not None:
+            raise error
+        if told[1] is not None:
+            raise told[1]
+        found: T = result if self.rank == 0 else told[0]
+        return found
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.size > 1:
             torch.distributed.barrier()
+
+
+def _sent(error: Exception | None) -> Exception | None:
+    """The error as another process can rebuild it: itself where it is one of lightdeco's, otherwise its text."""
+    if error is None or type(error).__module__ == LightdecoError.__module__:
+        return error
+    return LightdecoError(f"on rank 0: {type(error).__name__}: {error}")
 
 
 @contextmanager
@@ -57,7 +94,7 @@ def opened(kind: str, timeout_minutes: float | None) -> Iterator[Group]:
         yield Group()
         return
     group = Group(place.rank, place.world_size, place.local_rank)
-    if torch.distributed.is_initialized():  # the user's own
+    if torch.distributed.is_initialized():  # the user's own, or that of the verb around this one
         yield group
         return
     if kind == "cuda":

@@ -1,6 +1,7 @@
 """Devices, precision and strategy -> an Accelerator; what is put back after a verb."""
 
 import functools
+import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 import torch
 
 from . import seeds
-from .errors import LaunchError, MarkError, nearest
+from .errors import LaunchError, MarkError, SettingsError, nearest
+from .joined import joined, place
 from .plan import Hook
 from .settings import Settings
 
@@ -26,22 +28,125 @@ _PRECISION = {"32-true": "no", "bf16-mixed": "bf16", "bf16-true": "no", "64-true
 TRUE: Final = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
 
 
-def make_accelerator(settings: Settings, configured: dict[str, Any]) -> "Accelerator":
-    """The Accelerator of a run; `configured` is what `configure_accelerator` returned, and wins.
+def count(settings: Settings) -> int:
+    """How many processes have to be started here; 1 where this process does the work, alone or as one of several.
 
     Raises:
-        LaunchError: the device is not there, or the process was started as one of several.
+        LaunchError: the devices are not there, the launcher started another number, or several machines are asked for
+            without a launcher.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise LaunchError("this process is one of several (WORLD_SIZE > 1); several processes are not available yet")
+    if joined():
+        _check_joined(settings)
+        return 1
+    if settings.num_nodes > 1:
+        raise LaunchError(
+            f"num_nodes={settings.num_nodes}: a process cannot start others on other machines; start the script on "
+            "each with torchrun, accelerate launch or srun, see docs/clusters.md"
+        )
+    kind, devices = kind_of(settings), settings.devices
+    if kind == "cuda":
+        there = torch.cuda.device_count()
+        wanted = there if devices in ("auto", -1) else devices if isinstance(devices, int) else len(list(devices))
+        if wanted > there or (isinstance(devices, list) and max(devices) >= there):
+            raise LaunchError(f"devices={devices!r}, but torch finds {there} GPUs here")
+        return wanted
+    if isinstance(devices, list):
+        if devices == [0]:
+            return 1
+        raise LaunchError(f"devices={devices!r}: a {kind} has no numbers; give how many processes, such as devices=2")
+    if not isinstance(devices, int) or devices in (-1, 1):
+        return 1
+    if kind != "cpu":
+        raise LaunchError(f"devices={devices!r}: there is one {kind} device here, and one process for it")
+    return devices
+
+
+def visible(settings: Settings) -> list[int] | None:
+    """The GPUs of the processes that are started, as this process counts them; None: the first ones, or no GPUs."""
+    return list(settings.devices) if isinstance(settings.devices, list) and kind_of(settings) == "cuda" else None
+
+
+def _check_joined(settings: Settings) -> None:
+    here, devices = place(), settings.devices
+    asked = None if devices in ("auto", -1) else devices if isinstance(devices, int) else len(list(devices))
+    if asked is not None and asked != here.local_world_size:
+        raise LaunchError(
+            f"devices={devices!r}, but the launcher started {here.local_world_size} processes on this machine; leave "
+            "devices out, or start as many"
+        )
+    nodes = here.world_size // here.local_world_size
+    if settings.num_nodes not in (1, nodes):
+        raise LaunchError(f"num_nodes={settings.num_nodes}, but the launcher started processes on {nodes} machines")
+
+
+def make_accelerator(settings: Settings, configured: dict[str, Any], several: bool = False) -> "Accelerator":
+    """The Accelerator of a run; `configured` is what `configure_accelerator` returned, and wins.
+
+    `several`: the run has several training steps, each of which leaves out some parameters.
+
+    Raises:
+        LaunchError: the device is not there, or this machine cannot run the strategy.
+    """
     from accelerate import Accelerator
 
-    kind = _kind(settings)
+    kind = kind_of(settings)
     arguments = {"cpu": kind == "cpu", "mixed_precision": _PRECISION[settings.precision]}
-    return Accelerator(**(arguments | configured))
+    arguments |= strategy_arguments(settings, kind, several)
+    if isinstance(settings.devices, list) and len(settings.devices) == 1 and kind == "cuda" and not joined():
+        torch.cuda.set_device(settings.devices[0])
+        os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{settings.devices[0]}"
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # or else accelerate sets it, and warns
+    try:
+        return Accelerator(**(arguments | configured))
+    finally:
+        os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
+        if threads is None:
+            del os.environ["OMP_NUM_THREADS"]
 
 
-def _kind(settings: Settings) -> str:
+def strategy_arguments(settings: Settings, kind: str, several: bool) -> dict[str, Any]:
+    """The arguments of `Accelerator` that `strategy` means.
+
+    Raises:
+        LaunchError: this machine cannot run it; accelerate would run another one in silence.
+        SettingsError: it is no plugin of accelerate.
+    """
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    strategy = settings.strategy
+    if strategy in ("auto", "ddp"):
+        return {"kwargs_handlers": [DistributedDataParallelKwargs(find_unused_parameters=True)]} if several else {}
+    if isinstance(strategy, DistributedDataParallelKwargs):
+        return {"kwargs_handlers": [strategy]}
+    name = strategy if isinstance(strategy, str) else _PLUGINS.get(type(strategy).__name__)
+    if name is None:
+        known = ", ".join(["DistributedDataParallelKwargs", *_PLUGINS])
+        raise SettingsError(
+            f"strategy is a {type(strategy).__name__}; allowed: 'auto', 'ddp', 'fsdp', 'deepspeed', or an object of "
+            f"accelerate: {known}"
+        )
+    if kind != "cuda":
+        raise LaunchError(f"strategy={name!r} needs GPUs, and this run is on the {kind}; on it 'ddp' can be run")
+    if several:
+        raise LaunchError(f"strategy={name!r} cannot train with several optimizers; use 'ddp'")
+    if name == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise LaunchError("strategy='deepspeed' needs deepspeed: pip install deepspeed")
+    return {f"{name}_plugin": _plugin(name) if isinstance(strategy, str) else strategy}
+
+
+_PLUGINS = {"FullyShardedDataParallelPlugin": "fsdp", "DeepSpeedPlugin": "deepspeed"}
+
+
+def _plugin(name: str) -> Any:
+    from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+
+    if name == "fsdp":
+        return FullyShardedDataParallelPlugin(fsdp_version=2)
+    return DeepSpeedPlugin(zero_stage=2)
+
+
+def kind_of(settings: Settings) -> str:
     """The kind of device that "auto" or a name stands for here: "cpu", "cuda" or "mps"."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     asked = {"gpu": "cuda"}.get(settings.accelerator, settings.accelerator)

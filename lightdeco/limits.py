@@ -1,13 +1,11 @@
 """How long and how much: when a run stops, how many batches are read, when validation is due."""
 
-import time
 from collections.abc import Sequence
 
 from .data.loader import Loader
 from .errors import SettingsError, warn
-from .run import Run
+from .peers import Alone
 from .settings import Settings
-from .signals import Signals
 
 _OWN = ("max_epochs", "max_steps", "max_time")
 
@@ -15,13 +13,13 @@ _OWN = ("max_epochs", "max_steps", "max_time")
 class Limits:
     """Whether training has come to its end, and why."""
 
-    def __init__(self, settings: Settings, run: Run, signals: Signals, started: float, finished: str | None) -> None:
-        self._settings, self._run, self._progress, self._signals = settings, run, run.progress, signals
+    def __init__(self, settings: Settings, peers: Alone, finished: str | None) -> None:
+        self._settings, self._peers, self._signals = settings, peers, peers.signals
+        self._run, self._progress = peers.run, peers.run.progress
         # What ended a run that is resumed ends it again, unless it was a limit, which may have been raised.
         self._finished = None if finished in _OWN else finished
         self._max_steps = float("inf") if settings.max_steps is None else settings.max_steps
-        seconds = settings.max_seconds
-        self._deadline = None if seconds is None else started + seconds
+        self._max_seconds = settings.max_seconds
 
     def reached(self) -> str | None:
         """Asked after each batch: the reason to stop now, or None."""
@@ -29,14 +27,15 @@ class Limits:
             return self._signals.name
         if self._progress.global_step >= self._max_steps:
             return "max_steps"
-        if self._deadline is not None and time.monotonic() >= self._deadline:
+        if self._max_seconds is not None and self._peers.seconds() >= self._max_seconds:
             return "max_time"
-        if self._run.should_stop and self._enough():
+        if self._peers.stop and self._enough():
             return self._run.stop_reason or "should_stop"
         return None
 
     def between_epochs(self) -> str | None:
         """Asked before each epoch: the reason to stop now, or None."""
+        self._peers.agree()
         if self._finished is not None:
             return self._finished
         limit = self._run.max_epochs

@@ -59,7 +59,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from torch import nn
 
-from . import seeds
+from . import elsewhere, launch, seeds
+from .child import beat
 from .current import active
 from .data import batch_size_of
 from .data.loader import Loader
@@ -120,10 +121,12 @@ def fit(
     """
     resolved = resolve(settings, overrides)
     plan, given = prepare("fit", model, data, resolved)
+    if (processes := launch.count(resolved)) > 1:
+        return elsewhere.fit(fit, plan, model, data, resolved, processes)
     writes = not resolved.fast_dev_run
     with opened(plan, given, resolved, writes) as s, s.process.entered(), active(s.run), s.signals.caught():
         run, call = s.run, s.call
-        limits = Limits(resolved, run, s.signals, s.started, s.finished)
+        limits = Limits(resolved, s.peers, s.finished)
         interval = val_interval(resolved, "val" in s.loaders, run.num_train_batches)
         call["on_fit_start"]()
         if s.checks_sanity():
@@ -182,6 +185,10 @@ def _evaluation(
     warn_without_effect(verb, overrides)
     plan, given = prepare(verb, model, data, resolved)
     writes = bool(overrides.get("logger"))  # an evaluation writes files only when it is asked to, in this very call
+    if (processes := launch.count(resolved)) > 1:
+        return elsewhere.evaluate(
+            validate if verb == "validate" else test, model, data, weights, resolved, processes, writes
+        )
     with opened(plan, given, resolved, writes, weights) as s, s.process.entered(), active(s.run):
         return _evaluate(s, "val" if verb == "validate" else "test")
 
@@ -196,12 +203,15 @@ def predict(
 ) -> Iterator[Any]:
     """Yield what `@predict_step` returns for each batch, in the order of the data, holding one batch at a time.
 
+    Where it starts processes, it returns all of it when they have ended; in processes of a launcher, each yields all.
     The arguments are checked at the call; nothing runs before the first output is asked for. Left half-way, the
     generator releases its workers. `weights` as in `validate`.
     """
     resolved = resolve(settings, overrides)
     warn_without_effect("predict", overrides)
     plan, given = prepare("predict", model, data, resolved)
+    if (processes := launch.count(resolved)) > 1:
+        return iter(elsewhere.predict(predict, model, data, weights, resolved, processes))
     return _predict(plan, given, resolved, weights)
 
 
@@ -220,14 +230,15 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
     plain, log_every, losses = s.plain_update, settings.log_every_n_steps, run.means.series[f"{branch.prefix}loss"]
     size, skipped, saver = accumulation(settings, progress.epoch), False, s.saver
     s.begin_windows()
-    window = branch.window
+    window, single = branch.window, branch.window.plain
     s.first_micro_batch = progress.micro_batch - progress.batch
     if s.validation_due(interval):  # a resumed run may have been stopped before it
         _evaluate(s, "val")
     with closing(loader.batches(0 if settings.overfit_batches else progress.epoch, progress.batch)) as batches:
-        left = islice(batches, cut(settings, loader, "train", progress.batch))
+        left = s.peers.together(islice(batches, cut(settings, loader, "train", progress.batch)))
         step_seeds = seeds.step_seeds(run.seed, run.rank, progress.micro_batch)
         for batch, dataloader_idx, last, seed in _numbered(left, loader, size > 1, step_seeds):
+            beat(progress.global_step, "training")
             batch_idx = progress.batch
             run.batch, run.batch_idx = batch, batch_idx
             if transfer is not None:
@@ -245,12 +256,14 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
                         on_before_zero(optimizer)
                     zero_grad()
 
+                if not single:
+                    window.coming(last)
                 reseed(seed)
                 outputs = step("training_step", batch, batch_idx, dataloader_idx, None)
                 loss, scalars, metrics, weight, samples = read_result(outputs, where, training=True)
                 if weight is None:
                     weight = samples or batch_size_of(batch) or run.size_of_batch()
-                scaled = loss if size == 1 else window.scale(loss, weight, last)
+                scaled = loss if single else window.scale(loss, weight, last)
                 if on_before is not None:
                     on_before(scaled, optimizer)
                 backward(scaled)
@@ -260,7 +273,7 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
                 if scalars or metrics:
                     log_result(run, "train/", scalars, metrics, weight)
                 progress.batch += 1  # before the update: after an error in it, nothing can be saved
-                updated = size == 1
+                updated = single
                 if plain and updated:
                     optimizer.step()
                     progress.global_step += 1
@@ -359,7 +372,8 @@ def _evaluate(s: Session, stage: str, sanity: bool = False) -> dict[str, float]:
     """One pass over the loaders of a stage; returns its metrics, recorded unless this is the sanity check."""
     run, call, event = s.run, s.call, f"on_{_EVENT[stage]}"
     s.refuse_nan()
-    means = Means(run.device, elsewhere=run.means)
+    s.peers.align(run.model)
+    means = Means(run.device, elsewhere=run.means, gather=s.group.gather)
     with run.during("sanity" if sanity else stage, means), evaluating(run.model):
         run.num_eval_batches = expected(s.settings, s.loaders[stage], stage, sanity)
         run.eval_loaders = tuple(loader.name for loader in s.loaders[stage])
@@ -371,7 +385,7 @@ def _evaluate(s: Session, stage: str, sanity: bool = False) -> dict[str, float]:
                 for batch_idx, batch in enumerate(islice(batches, limit)):
                     _evaluate_batch(s, stage, batch, batch_idx, index)
                     s.signals.end()
-            if batch_idx < 0 and limit != 0:
+            if batch_idx < 0 and limit != 0 and run.is_main:  # of several processes, the first has one if any has
                 name = f" {loader.name!r}" if loader.name else ""
                 raise _empty(f"{stage} loader{name} yielded no batch", loader.one_shot)
         values = means.epoch()
@@ -387,6 +401,7 @@ def _evaluate(s: Session, stage: str, sanity: bool = False) -> dict[str, float]:
         run.progress.validated = run.progress.batch
         if s.saver is not None:
             s.saver.validated(values)
+        s.peers.agree()
     return values
 
 
@@ -394,7 +409,8 @@ def _evaluate_batch(s: Session, stage: str, batch: Any, batch_idx: int, index: i
     """One batch of validation, test or prediction; returns what the step returned."""
     run, call, event, role = s.run, s.call, f"on_{_EVENT[stage]}", STAGE_STEP[stage]
     run.batch, run.batch_idx = batch, batch_idx
-    seed = seeds.eval_seed(run.seed, index, batch_idx)
+    beat(run.global_step, _EVENT[stage])
+    seed = seeds.eval_seed(run.seed, index, batch_idx * run.world_size + run.rank)
     with no_grad(s.settings.inference_mode):
         if s.transfer is not None:
             s.reseed(seed)
@@ -428,11 +444,13 @@ def _predict(plan: Plan, given: Mapping[str, object], settings: Settings, weight
                 while True:
                     with _inside(s):
                         batch_idx, batch = next(numbered, (0, _END))
-                        outputs = _END if batch is _END else _evaluate_batch(s, "predict", batch, batch_idx, index)
-                    if outputs is _END:
+                        own = [] if batch is _END else [_evaluate_batch(s, "predict", batch, batch_idx, index)]
+                        outputs = [each for part in s.group.gather(own) for each in part]
+                    if not outputs:
                         break
-                    yield outputs
-                    del batch, outputs  # not held while the next batch is read
+                    del batch, own  # not held while the next batch is read
+                    while outputs:
+                        yield outputs.pop(0)
         with _inside(s):
             s.call["on_predict_epoch_end"]()
             s.call["on_predict_end"]()

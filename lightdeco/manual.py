@@ -13,6 +13,7 @@ from .branch import Toggle, others
 from .errors import SettingsError, StepError
 from .limits import accumulation
 from .optim import Window, clip, parameters_of
+from .peers import Peers, SharedPending
 from .session import Session
 
 
@@ -27,7 +28,8 @@ class Manual:
         self._s = session
         self._optimizers = {name: optim.optimizer for name, optim in session.run.optims.items()}
         self._last = False
-        self._windows = {id(optimizer): _Pending(1) for optimizer in self._optimizers.values()}
+        self._shared = session.group.size > 1
+        self._windows = {id(optimizer): self._pending(1) for optimizer in self._optimizers.values()}
         self._toggles: list[Toggle] = []
         self._inside = ""  # the override that runs now
         for optimizer in self._optimizers.values():
@@ -35,7 +37,7 @@ class Manual:
             after = optimizer.register_step_post_hook(self._after_step)
             stack.callback(before.remove)
             stack.callback(after.remove)
-            if session.settings.accumulate_grad_batches != 1:
+            if session.settings.accumulate_grad_batches != 1 or self._shared:
                 stack.callback(_replace(optimizer, "step", self._when_due(optimizer)))
                 stack.callback(_replace(optimizer, "zero_grad", self._when_empty(optimizer)))
 
@@ -44,7 +46,10 @@ class Manual:
     def begin_epoch(self) -> None:
         """Begin a window for each optimizer."""
         size = accumulation(self._s.settings, self._s.run.epoch)
-        self._windows = {id(optimizer): _Pending(size) for optimizer in self._optimizers.values()}
+        self._windows = {id(optimizer): self._pending(size) for optimizer in self._optimizers.values()}
+
+    def _pending(self, size: int) -> "_Pending":
+        return _Pending(SharedPending(size, self._s.peers) if isinstance(self._s.peers, Peers) else Window(size))
 
     def begin(self, last: bool) -> None:
         """A step is about to run; `last`: no batch follows in this epoch."""
@@ -124,7 +129,8 @@ class Manual:
             self._inside = ""
 
     def _scaled(self, loss: Tensor, optimizer: Optimizer | None, weight: Any) -> Tensor:
-        if accumulation(self._s.settings, self._s.run.epoch) == 1:
+        single = accumulation(self._s.settings, self._s.run.epoch) == 1
+        if single and not (self._shared and optimizer is not None):
             return loss
         if optimizer is None:
             raise StepError(
@@ -173,14 +179,14 @@ class Manual:
 class _Pending:
     """The window of one optimizer in a manual run, which counts batches and not calls of backward."""
 
-    def __init__(self, size: int) -> None:
-        self.window = Window(size)
+    def __init__(self, window: Window) -> None:
+        self.window = window
         self._batch = self._updated = -1
         self._normalised = False
 
     def scale(self, loss: Tensor, weight: Any, batch: int, last: bool) -> Tensor:
         """The loss as it goes into backward; the batch is counted once."""
-        if batch == self._updated:
+        if batch == self._updated and self.window.size > 1:
             raise StepError(
                 "ld.backward was called for an optimizer that was updated in this batch already; "
                 "accumulate_grad_batches allows one update of each optimizer per batch"
@@ -204,13 +210,13 @@ class _Pending:
 
     def normalise(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the sum of weights, once."""
-        if self.window.size > 1 and not self._normalised:
+        if not self.window.plain and not self._normalised:
             self.window.normalise(optimizer)
             self._normalised = True
 
     def updated(self, batch: int) -> None:
         """Begin the next window."""
-        self._updated, self._normalised = batch, False
+        self._updated, self._batch, self._normalised = batch, -1, False
         self.window.begin()
 
 

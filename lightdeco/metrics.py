@@ -6,7 +6,7 @@ there, which costs one small kernel. Nothing waits for the device but `Means.win
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import add, mul
 from typing import Any, Final, Literal, get_args
@@ -271,6 +271,19 @@ class Means:
             )
             buffered = [value for _ in series.buffers() for value in next(rows)]
             series.settle(buffered[: len(weights)] if buffered else series.values, weights)
+
+
+def merged(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several `Means.state_dict` returned, as the state of one that was given all of it."""
+    found: dict[str, Any] = {}
+    for name, state in (item for each in states for item in each.items()):
+        totals = dict(found.get(name, {}).get("totals", {}))
+        for scope, (total, weight) in state["totals"].items():
+            old = totals.get(scope)
+            fold = _FOLD[state["reduce"]]
+            totals[scope] = [total, weight] if old is None else [fold(old[0], total), old[1] + weight]
+        found[name] = {**state, "totals": totals}
+    return found
 
 
 def check(name: str, value: object, reduce: str) -> None:

@@ -3,17 +3,21 @@
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from . import launch, loggers, seeds
+from . import group, launch, loggers, seeds
 from .branching import prepare_optimizers
+from .child import beat
 from .compiling import compile_forward
 from .current import active
 from .data import loaders, to_device
+from .data.sharing import Share
 from .errors import DataError, warn
+from .group import Kept
 from .limits import expected
 from .loggers.masking import mask
 from .metrics import Means
@@ -22,7 +26,8 @@ from .roles import STAGE_LOADER, TRANSFER, VERB_STAGE
 from .run import Run
 from .session import Session
 from .settings import Settings
-from .steps import Steps, modes_of, restore_modes
+from .steps import modes_of, restore_modes
+from .wrapping import wrap
 
 if TYPE_CHECKING:
     from .resuming import Resumed, Weights
@@ -42,21 +47,30 @@ def opened(
     from . import resuming  # here and below: what has to do with checkpoints is imported when a verb runs
 
     process = launch.Process(settings)
-    resumed = resuming.look(plan, settings, writes, weights)
-    with process.entered():
-        seed = settings.seed if settings.seed is not None else int(torch.randint(2**32, ()))
-        seed = resuming.seed_of(resumed, settings, seed)
-        seeds.seed_everything(seed)  # `setup` and the configure roles begin from the run's seed too
-        run = Run(plan.verb, plan.model, settings, seed)
-        call = plan.bind(run, run.progress.calls)
-        session = Session(plan, settings, given, run, call, process)
-        stack = ExitStack()
+    with group.opened(launch.kind_of(settings), settings.process_timeout) as processes:
+        with process.entered():
+            resumed = resuming.look(plan, settings, writes, weights, processes)
+            seed = settings.seed if settings.seed is not None else int(torch.randint(2**32, ()))
+            seed = resuming.seed_of(resumed, settings, processes.same(seed))
+            seeds.seed_everything(seed)  # `setup` and the configure roles begin from the run's seed too
+            run = Run(plan.verb, plan.model, settings, seed)
+            run.rank, run.world_size = processes.rank, processes.size
+            call = plan.bind(run, run.progress.calls)
+            session = Session(plan, settings, given, run, call, process, processes)
+        with _ended(session):
+            with process.entered(), active(run):
+                _set_up(session, writes, session.stack, resumed)
+                resumed = None  # its tensors are copied
+            yield session
+
+
+@contextmanager
+def _ended(s: Session) -> Iterator[None]:
+    """End the run, whatever happens."""
+    run, process = s.run, s.process
     status = "failed"
     try:
-        with process.entered(), active(run):
-            _set_up(session, writes, stack, resumed)
-            resumed = None  # its tensors are copied
-        yield session
+        yield
         status = "finished"
     except BaseException as error:
         interrupted = isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
@@ -64,28 +78,32 @@ def opened(
         if not isinstance(error, GeneratorExit):
             with process.entered(), active(run):
                 try:
-                    call["on_exception"](error)
+                    s.call["on_exception"](error)
                 finally:
-                    if session.saver is not None:
-                        session.saver.fail(error)
+                    if s.saver is not None:
+                        s.saver.fail(error)
         raise
     finally:
         with process.entered(), active(run):
-            stack.close()
+            s.stack.close()
             run.close(status)
 
 
 def _set_up(s: Session, writes: bool, stack: ExitStack, resumed: "Resumed | None") -> None:
     from . import resuming
-    from .directory import locked
     from .state import restore
 
     run, call, settings, model = s.run, s.call, s.settings, s.plan.model
     if writes and resumed is not None and resumed.directory is not None:
-        stack.enter_context(locked(resumed.directory))
+        _lock(s, resumed.directory)
     if "teardown" in call:
         stack.callback(call["teardown"], s.plan.verb)
-    call.get("prepare_data", _nothing)()
+    if s.group.local_rank == 0:
+        beat(0, "preparing the data")
+        call.get("prepare_data", _nothing)()
+    beat(0, "waiting for prepare_data")
+    s.group.wait()
+    beat(0, "setting up")
     call.get("setup", _nothing)(s.plan.verb)
     call.get("configure_model", _nothing)()
     stack.callback(restore_modes, modes_of(model))
@@ -94,16 +112,9 @@ def _set_up(s: Session, writes: bool, stack: ExitStack, resumed: "Resumed | None
 
     if settings.precision in launch.TRUE:
         model.to(launch.TRUE[settings.precision])
-    configured = call.get("configure_accelerator", _nothing)()
-    arguments = launch.accelerator_arguments(s.plan.one("configure_accelerator"), configured)
-    accelerator = run.accelerator = launch.make_accelerator(settings, arguments)
-    run.device = accelerator.device
     if settings.compile is not False:
         stack.callback(compile_forward(model, settings.compile))
-    s.steps = Steps(model, {key: s.plan.step(hook, run) for key, hook in s.plan.steps().items()})
-    s.wrapped = accelerator.prepare_model(s.steps)
-    # Where nothing wraps the steps, training calls its own without the way round.
-    s.bare = s.wrapped is s.steps and "forward" not in vars(s.steps)
+    wrap(s)
     s.reseed = seeds.reseeder(run.device)
     dtype = launch.TRUE.get(settings.precision)
     if dtype is not None or run.device.type != "cpu" or any(s.plan.all(role) for role in TRANSFER):
@@ -113,7 +124,7 @@ def _set_up(s: Session, writes: bool, stack: ExitStack, resumed: "Resumed | None
         load(s, stage)
     stack.callback(close_loaders, s)
     if s.plan.verb == "fit":
-        s.means = Means(run.device, watch="train/loss")
+        s.means = Means(run.device, watch="train/loss", gather=s.group.gather)
         run.num_train_batches = expected(settings, s.loaders["train"], "train")
         prepare_optimizers(s, stack)
         if not model.training:
@@ -135,7 +146,7 @@ def _set_up(s: Session, writes: bool, stack: ExitStack, resumed: "Resumed | None
 def _open_directory(s: Session, stack: ExitStack, resumed: "Resumed | None") -> None:
     from . import resuming
     from .checkpoint.content import CHECKPOINTS
-    from .directory import locked, make_directory
+    from .directory import make_directory
     from .saving import Saver
     from .state import LOGGERS
 
@@ -143,17 +154,26 @@ def _open_directory(s: Session, stack: ExitStack, resumed: "Resumed | None") -> 
     policy = resuming.policy(settings, "val" in s.loaders) if s.plan.verb == "fit" else None
     directory = resumed.directory if resumed is not None else None
     if directory is None:  # made last: what was refused before leaves nothing behind
-        directory = make_directory(settings, type(s.plan.model).__name__)
-        stack.enter_context(locked(directory))
+        directory = s.group.first(lambda: make_directory(settings, type(s.plan.model).__name__))
+        _lock(s, directory)
     run.hparams = mask(_hparams(s.plan.model) | dict(settings.hparams or {}))
     kept = resumed.state.extra.get(LOGGERS, {}) if resumed is not None and resumed.state is not None else {}
-    run.open(directory, loggers.Loggers(loggers.create(settings.logger, directory, kept)))
+    where = directory
+    created = s.group.first(lambda: Kept(loggers.create(settings.logger, where, kept)))
+    run.open(directory, loggers.Loggers(created.thing or {}))
     run.loggers.watch(s.plan.model)
     if policy is not None:
         s.saver = Saver(s, policy, directory / CHECKPOINTS)
     if resumed is not None:
         resuming.go_on(s, resumed)
     run.loggers.log_hparams(run.hparams)
+
+
+def _lock(s: Session, directory: Path) -> None:
+    """Keep other runs out of the directory; one process does it for all."""
+    from .directory import locked
+
+    s.group.first(lambda: Kept(s.stack.enter_context(locked(directory))))
 
 
 def _hparams(model: nn.Module) -> dict[str, Any]:
@@ -184,7 +204,11 @@ def load(s: Session, stage: str) -> None:
     given = s.given[stage] if stage in s.given else s.call[role]()
     if given is None:
         raise DataError(f"{s.where(role)}, marked @{role}, returned None; return a loader")
-    s.loaders[stage] = loaders(given, stage, s.run.seed)
+    ours = s.settings.use_distributed_sampler
+    share = Share(s.group.rank, s.group.size, filled=stage == "train") if ours else Share()
+    s.loaders[stage] = loaders(given, stage, s.run.seed, share)
+    if stage == "train":
+        s.peers.measure(s.loaders[stage][0])
 
 
 def reload(s: Session) -> None:

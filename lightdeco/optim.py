@@ -1,7 +1,7 @@
 """Optimizers and schedulers: the forms that `configure_optimizers` may return, accumulation, clipping, schedules."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -208,6 +208,8 @@ class Window:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        #: Whether each micro-batch is an update of its own, and nothing is scaled.
+        self.plain = size == 1
         self.begin()
 
     def begin(self) -> None:
@@ -216,8 +218,11 @@ class Window:
         self.single = self.size == 1
         self._total: Any = 0
 
+    def coming(self, last: bool) -> None:
+        """Before the step of a micro-batch; `last`: none follows in this epoch."""
+
     def scale(self, loss: Tensor, weight: Any, last: bool) -> Tensor:
-        """Count a micro-batch and return its loss as it goes into backward; `last`: none follows in this epoch."""
+        """Count a micro-batch and return its loss as it goes into backward."""
         self.single = self.single or (self.count == 0 and last)
         self.count += 1
         if isinstance(weight, Tensor):
@@ -240,6 +245,14 @@ class Window:
                 f"the closure of {where} was called in a window of several batches; set accumulate_grad_batches=1"
             )
 
+    def agreed(self, loss: Tensor) -> Tensor:
+        """The loss of the update, for a closure and for `on_nan`."""
+        return loss
+
+    def repeat(self, loss: Tensor) -> Tensor:
+        """The loss of a step that a closure evaluates anew, as it goes into backward."""
+        return loss
+
     def normalise(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the sum of weights.
 
@@ -255,30 +268,6 @@ class Window:
             raise StepError('every "weight" of an accumulation window was 0; leave such batches out of the data')
         grads = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
         torch._foreach_div_(grads, total)
-
-
-class Closure:
-    """The closure that an optimizer's `step` gets: loss and gradients at the present weights.
-
-    They were computed before the update began: the first call returns that loss, unless a parameter or a gradient has
-    changed since (SAM). Every other call (LBFGS' line search) evaluates the step anew.
-    """
-
-    def __init__(self, optimizer: Optimizer, loss: Tensor, evaluate: Callable[[], Tensor]) -> None:
-        self._optimizer, self._loss, self._evaluate = optimizer, loss.detach(), evaluate
-        self._state: list[tuple[int, int, int]] | None = self._fingerprint()
-
-    def __call__(self) -> Tensor:
-        """The loss (0-dim, detached), with the gradients in `p.grad`."""
-        if self._fingerprint() != self._state:
-            with torch.enable_grad():
-                self._loss = self._evaluate().detach()
-        self._state = None  # what optimizers write through `.data` between calls, no version shows
-        return self._loss
-
-    def _fingerprint(self) -> list[tuple[int, int, int]]:
-        parameters = parameters_of(self._optimizer)
-        return [(p._version, id(p.grad), -1 if p.grad is None else p.grad._version) for p in parameters]
 
 
 # ---- schedules -------------------------------------------------------------------------------------------------------

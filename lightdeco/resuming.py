@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from . import checkpoint
+from torch import nn
+
+from . import checkpoint, ranks
 from .callbacks.model_checkpoint import POLICY, DefaultCheckpoint, ModelCheckpoint
 from .checkpoint import State
 from .directory import find
 from .errors import SettingsError, warn
+from .group import Group
 from .loggers.metrics_file import METRICS
 from .plan import Plan
 from .run import RESERVED_NAMES, Run
@@ -30,8 +33,10 @@ class Resumed:
     state: State | None
 
 
-def look(plan: Plan, settings: Settings, writes: bool, weights: Weights) -> Resumed | None:
+def look(plan: Plan, settings: Settings, writes: bool, weights: Weights, group: Group) -> Resumed | None:
     """Find and read the checkpoint that `resume=` or `weights=` means; None where neither is given.
+
+    Rank 0 looks for all; every process reads.
 
     Raises:
         CheckpointError: there is none, or none is valid.
@@ -39,11 +44,7 @@ def look(plan: Plan, settings: Settings, writes: bool, weights: Weights) -> Resu
     """
     name = type(plan.model).__name__
     if weights is not None:
-        if not isinstance(weights, (str, os.PathLike)) or weights in ("", "auto"):
-            raise SettingsError(
-                f"weights is {weights!r}; allowed: 'best', 'last', the path of a checkpoint or a run, None"
-            )
-        return Resumed(None, find(settings, name, weights, ("last", "best")).checkpoint, None)
+        return Resumed(None, group.first(lambda: _evaluated(settings, name, weights)), None)
     which = settings.resume
     if plan.verb != "fit" or which is None:
         return None
@@ -52,11 +53,23 @@ def look(plan: Plan, settings: Settings, writes: bool, weights: Weights) -> Resu
         return None
     if settings.overwrite:
         raise SettingsError(f"overwrite=True would delete the run that resume={which!r} goes on with; give one of them")
-    directory, path = find(settings, name, which)
+    directory, path = group.first(lambda: find(settings, name, which))
     named = None if settings.name is None else (Path(settings.root_dir) / settings.name).resolve()
     if directory is not None and named not in (None, directory.resolve()):
         directory = None  # the run goes on under a name of its own
-    return Resumed(directory, path, checkpoint.load(path) if path is not None else None)
+    return Resumed(directory, path, ranks.own(checkpoint.load(path), group) if path is not None else None)
+
+
+def _evaluated(settings: Settings, name: str, weights: Weights) -> Path | None:
+    if not isinstance(weights, (str, os.PathLike)) or weights in ("", "auto"):
+        raise SettingsError(f"weights is {weights!r}; allowed: 'best', 'last', the path of a checkpoint or a run, None")
+    return find(settings, name, weights, ("last", "best")).checkpoint
+
+
+def load(model: nn.Module, settings: Settings, weights: Weights) -> None:
+    """Load what `weights=` means into a model; None leaves it as it is."""
+    if weights is not None and (path := _evaluated(settings, type(model).__name__, weights)) is not None:
+        checkpoint.load_weights(model, path)
 
 
 def seed_of(resumed: Resumed | None, settings: Settings, drawn: int) -> int:
@@ -123,13 +136,14 @@ def policy(settings: Settings, validates: bool) -> ModelCheckpoint | None:
 def go_on(s: Session, resumed: Resumed) -> None:
     """Cut the records back to the checkpoint, and take over what is kept in the directory."""
     run, state, directory = s.run, resumed.state, resumed.directory
-    if directory is not None:
+    if directory is not None and run.is_main:
         size = 0 if state is None else state.progress["records"]
         lost = run.records_size < size
         run.cut_records(size)
         if lost and state is not None:
             _name_lost(run, state)
         _rewind(run)
+    run.history = s.group.same(run.history)
     if s.saver is None or state is None or directory is None:
         return
     policy = s.saver.policy

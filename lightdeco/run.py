@@ -143,7 +143,7 @@ class Run:
     def open(self, directory: Path, loggers: Loggers) -> None:
         """Begin to write: records go to `metrics.jsonl` in the directory and to the loggers."""
         self._dir, self.loggers = directory, loggers
-        self._file = MetricsFile(directory / METRICS)
+        self._file = MetricsFile(directory / METRICS) if self.is_main else None
 
     @property
     def records_size(self) -> int:

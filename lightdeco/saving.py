@@ -11,13 +11,17 @@ from . import checkpoint
 from .callbacks.model_checkpoint import POLICY, ModelCheckpoint
 from .checkpoint import Snapshot, State
 from .checkpoint.content import encode
+from .child import beat
 from .errors import CheckpointError, LightdecoError, SettingsError, StepError, warn
+from .group import Group, Kept
 from .session import Session
 from .state import collect, collect_metrics
 
 
 class Saver:
-    """Writes the checkpoints of one run into `directory`, on the main process.
+    """Writes the checkpoints of one run into `directory`.
+
+    Every process of the run has one and calls it at the same places; all decide the same, and rank 0 writes.
 
     `boundary` is called between two steps, where a run can be continued. A write that fails is one warning, and is
     tried again when the next one is due; at the end of the run it raises.
@@ -25,10 +29,11 @@ class Saver:
 
     def __init__(self, session: Session, policy: ModelCheckpoint, directory: Path) -> None:
         self._session, self.policy, self.directory = session, policy, directory
+        self._group, policy.written_at = session.group, session.peers.seconds()
         self._validated = False  # since the last boundary
         self._metrics: dict[str, Any] | None = None  # of an epoch that is being ended
         self._score: float | None = None  # of a validation that improved, and is not saved yet
-        self._held: tuple[Snapshot, str, tuple[int, ...]] | None = None
+        self._held: tuple[Kept[Snapshot], str, tuple[int, ...]] | None = None
         self._saved: tuple[int, ...] | None = self._position()  # of the last write, or where the run began
         self._thread: threading.Thread | None = None
         self._writing = ""  # the name of what the thread writes
@@ -56,7 +61,7 @@ class Saver:
         """
         policy = self.policy
         self._metrics = None
-        due = policy.due(self._session.run.global_step, epoch)
+        due = policy.due(self._session.run.global_step, epoch, self._session.peers.seconds())
         if not due and not self._validated:
             return
         score, self._score, self._validated = self._score, None, False
@@ -85,11 +90,13 @@ class Saver:
 
     def fail(self, error: BaseException) -> None:
         """On an error: write what is held and, where the error came between two updates, the state; never raises."""
-        if isinstance(error, CheckpointError):
+        if isinstance(error, CheckpointError) or self._group.rank > 0:
             return
+        alone = self._group.size == 1
+        self._group = Group()  # the other processes are elsewhere
         try:
             self._write_held(final=True)
-            if self.policy.on_exception and self._sound(error) and self._saved != self._position():
+            if alone and self.policy.on_exception and self._sound(error) and self._saved != self._position():
                 self._write_now(final=True)
             self._join(final=True)
         except Exception as failure:  # the first error is the one to be seen; this one may be the user's own
@@ -146,7 +153,8 @@ class Saver:
     def _hold(self, score: float) -> None:
         """Keep a copy of the state in memory, until the next write is due."""
         state, name = self._ranked(score)
-        self._held = checkpoint.snapshot(state), name, self._position()
+        held = self._group.first(lambda: Kept(checkpoint.snapshot(state)))
+        self._held = held, name, self._position()
 
     def _ranked(self, score: float | None, final: bool = False) -> tuple[State, str]:
         """The state as it is now, with what the policy knows once it is written."""
@@ -168,43 +176,49 @@ class Saver:
     def _write_now(self, score: float | None = None, final: bool = False) -> None:
         self._write(*self._ranked(score, final), self._position(), final)
 
-    def _write(self, state: State | Snapshot, name: str, position: tuple[int, ...], final: bool) -> None:
+    def _write(self, state: State | Kept[Snapshot], name: str, position: tuple[int, ...], final: bool) -> None:
         self._join(final)
-        self.policy.written(name, self._session.run.global_step)
+        beat(self._session.run.global_step, "saving")
+        self.policy.written(name, self._session.run.global_step, self._session.peers.seconds())
         self._saved = position
-        if not self.policy.background or final:
+        background = self.policy.background and not final
+        if isinstance(state, State):
             # Encoded first: what cannot be kept never can, so that it ends the run now.
-            content = state if isinstance(state, Snapshot) else encode(state)
+            copied, encoded = checkpoint.snapshot if background else encode, state
+            state = self._group.first(lambda: Kept(copied(encoded)))
+        content = state.thing
+        if not background:
             self._attempt(lambda: self._save(content, name, final), name, final)
             return
-        copied = state if isinstance(state, Snapshot) else checkpoint.snapshot(state)
 
         def work() -> None:
             try:
-                self._save(copied, name, final)
+                self._save(content, name, final)
             except BaseException as error:
                 self._failure = error
 
         self._writing = name
-        self._thread = threading.Thread(target=work, name="lightdeco checkpoint", daemon=False)
-        self._thread.start()
+        if content is not None:
+            self._thread = threading.Thread(target=work, name="lightdeco checkpoint", daemon=False)
+            self._thread.start()
 
     def _join(self, final: bool = False) -> None:
         """Wait for a write in the background, and say how it failed."""
-        if self._thread is None:
-            return
+        name, self._writing = self._writing, ""
+        if name:
+            self._attempt(self._joined, name, final)
+
+    def _joined(self) -> None:
+        assert self._thread is not None
         self._thread.join()
         self._thread, failure, self._failure = None, self._failure, None
         if failure is not None:
-
-            def failed() -> None:
-                raise failure
-
-            self._attempt(failed, self._writing, final)
+            raise failure
 
     def _attempt(self, write: Callable[[], None], name: str, final: bool) -> None:
         try:
-            write()
+            self._group.first(write)
+            self.show()
         except CheckpointError as error:
             self.policy.forget(name)
             self._saved = None
@@ -214,16 +228,16 @@ class Saver:
                 self._warned = True
                 warn(f"the run could not be saved, training goes on: {error}; it is tried again, and fails at the end")
 
-    def _save(self, content: Snapshot, name: str, final: bool) -> None:
+    def _save(self, content: Snapshot | None, name: str, final: bool) -> None:
+        assert content is not None
         checkpoint.save(self.directory, name, content)
-        self.show()
         self._prune(final)
 
     def show(self) -> None:
         """Tell the run which checkpoints are the last and the best, of those that are there."""
-        for name in self.policy.keep(ending=True) - {self._holding}:
-            if not (self.directory / name).is_dir():
-                self.policy.forget(name)
+        known = self.policy.keep(ending=True) - {self._holding}
+        for name in self._group.first(lambda: [n for n in known if not (self.directory / n).is_dir()]):
+            self.policy.forget(name)
         run, last, best = self._session.run, self.policy.last, self.policy.best
         run.last_checkpoint = None if last is None else self.directory / last
         run.best_checkpoint, run.best_score = (None, None) if best is None else (self.directory / best[0], best[1])

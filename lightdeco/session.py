@@ -1,6 +1,7 @@
 """`Session`: everything that the loop works with while one verb runs. `opening.py` makes it."""
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -14,9 +15,11 @@ from .branch import Branch, others
 from .callbacks.model_checkpoint import ModelCheckpoint
 from .data.loader import Loader
 from .errors import StepError
+from .group import Group
 from .limits import accumulation
 from .metrics import Means
-from .optim import Window, parameters_of
+from .optim import parameters_of
+from .peers import Alone
 from .plan import Plan
 from .run import Run
 from .settings import Settings
@@ -62,6 +65,10 @@ class Session:
     call: dict[str, Call]
     """Every role and event by name, as a function of what the table offers; overrides default to torch's own way."""
     process: "launch.Process"
+    group: Group
+    """The processes of the run; one, where there are no others."""
+    stack: ExitStack = field(default_factory=ExitStack)
+    """What is undone at the end."""
     steps: Steps = field(init=False)
     """The steps as evaluation calls them: under autocast, outside of DDP."""
     wrapped: Callable[..., Any] = field(init=False)
@@ -88,14 +95,14 @@ class Session:
     unkept: set[str] = field(default_factory=set)
     """Metrics that a checkpoint could not hold, and that a warning has named."""
     signals: Signals = field(default_factory=Signals)
+    peers: Alone = field(init=False)
+    """The other processes of the run, or nobody."""
     counted: int = -1
     """The `micro_batch` that was counted in `global_step` last."""
     first_micro_batch: int | None = None
     """`micro_batch` when the epoch began; None while an epoch is being ended."""
     finished: str | None = None
     """The reason for which the run, which may have been resumed, has come to its end."""
-    started: float = field(default_factory=monotonic)
-    """When training would have begun, had it not been interrupted."""
     steps_before: int = 0
     """`global_step` when the last epoch ended."""
     checked_batch: int = 0
@@ -125,7 +132,7 @@ class Session:
 
     def seconds(self) -> float:
         """Time in training, that before an interruption included."""
-        return monotonic() - self.started
+        return monotonic() - self.peers.started
 
     @property
     def pending(self) -> bool:
@@ -143,7 +150,7 @@ class Session:
         size = accumulation(self.settings, self.run.epoch)
         several = len(self.branches) > 1
         for branch in self.branches:
-            branch.window = Window(size)
+            branch.window = self.peers.window(size)
             branch.others = others(branch.optimizer, self.parameters()) if several else []
         if self.run.manual is not None:
             self.run.manual.begin_epoch()

@@ -27,13 +27,7 @@ from .settings_checks import (
 # Settings that have values whose effect is not built yet: what is available of them.
 UNAVAILABLE: dict[str, tuple[object, ...]] = {
     "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
-    "devices": ("auto", 1, [0], -1),
-    "num_nodes": (1,),
-    "strategy": ("auto",),
     "precision": ("32-true", "bf16-mixed", "bf16-true", "64-true"),
-    "sync_batchnorm": (False,),
-    "use_distributed_sampler": (True,),
-    "process_timeout": (None,),
     "oom": ("raise",),
     "log_gradients": (False,),
 }

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any, Final
 
 #: What each signal ends the process with, once the run is saved.
-_ENDS: Final[dict[int, Callable[[], BaseException]]] = {
+ENDS: Final[dict[int, Callable[[], BaseException]]] = {
     signal.SIGTERM: lambda: SystemExit(128 + signal.SIGTERM),
     signal.SIGINT: KeyboardInterrupt,
 }
@@ -23,7 +23,11 @@ class Signals:
     """
 
     def __init__(self) -> None:
+        #: The first that this process heard of.
+        self.heard: int | None = None
+        #: The first that the run is to end for: with several processes, once all have agreed on it.
         self.received: int | None = None
+        self.shared = False
         self._before: dict[int, Any] = {}
 
     @contextmanager
@@ -34,7 +38,7 @@ class Signals:
             SystemExit, KeyboardInterrupt: one came, and nothing has ended the run for it yet.
         """
         if threading.current_thread() is threading.main_thread():
-            for number in _ENDS:
+            for number in ENDS:
                 before = signal.getsignal(number)
                 if before is not signal.SIG_IGN:  # as under nohup
                     self._before[number] = signal.signal(number, self._handle)
@@ -46,9 +50,11 @@ class Signals:
         self.end()  # one that came in the last events
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again = self.received == number == signal.SIGINT
-        if self.received is None:
-            self.received = number
+        again = self.heard == number == signal.SIGINT
+        if self.heard is None:
+            self.heard = number
+            if not self.shared:
+                self.received = number
             if number == signal.SIGINT:  # written past Python's buffers, which the handler may have interrupted
                 os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
         before = self._before[number]
@@ -70,4 +76,4 @@ class Signals:
             KeyboardInterrupt: after SIGINT; a script then ends with status 130.
         """
         if self.received is not None:
-            raise _ENDS[self.received]()
+            raise ENDS[self.received]()

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 
+from . import ranks
 from .callbacks.model_checkpoint import POLICY
 from .checkpoint import State, load_optimizer
 from .errors import CheckpointError, warn
@@ -37,7 +38,7 @@ def collect(s: Session, metrics: Mapping[str, Any] | None = None) -> State:
     corners: dict[str, Any] = {}
     for key, hook in _named(s, "on_save_checkpoint"):
         s.plan.call(hook, run, (corners.setdefault(key, {}),))
-    return State(
+    state = State(
         model=s.plan.model.state_dict(),
         optimizers={name: optim.optimizer.state_dict() for name, optim in run.optims.items()},
         schedulers={n: optim.scheduler.state_dict() for n, optim in run.optims.items() if optim.scheduler is not None},
@@ -51,6 +52,8 @@ def collect(s: Session, metrics: Mapping[str, Any] | None = None) -> State:
         extra=corners | {LOGGERS: run.loggers.state_dict(), OPTIMIZERS: _kinds(s)},
         versions={"lightdeco": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
     )
+    ranks.gather(state, s.group)
+    return state
 
 
 def collect_metrics(s: Session) -> dict[str, Any]:
@@ -87,7 +90,7 @@ def restore(s: Session, state: State) -> None:
     progress.calls.clear()
     progress.calls.update(state.progress["calls"])
     run.should_stop, run.stop_reason = state.progress["should_stop"], state.progress["stop_reason"]
-    s.finished, s.started = state.progress["finished"], monotonic() - progress.seconds
+    s.finished, s.peers.started = state.progress["finished"], monotonic() - progress.seconds
     s.first_micro_batch = progress.micro_batch - progress.batch
     s.steps_before = -1 if progress.batch else progress.global_step
     s.checked_batch, s.checked_step = progress.batch, progress.global_step
@@ -228,11 +231,11 @@ def _compare_data(s: Session, data: Mapping[str, Any]) -> None:
     if changed:
         before, now = changed[0]
         warn(
-            f"the train loader gave batches of {before} samples ({data['length']} of them) when the checkpoint was "
+            f"the train loader gave batches of {before} samples ({data.get('length')} of them) when the checkpoint was "
             f"written, and gives batches of {now} ({loader.length} of them) now: the run goes on with other batches "
             "than it would have had"
         )
-    elif data["length"] != loader.length:
+    elif data.get("length", loader.length) != loader.length:  # left out where the run had more or fewer processes
         warn(
             f"the train loader had {data['length']} batches when the checkpoint was written and has {loader.length} "
             "now: the run goes on with other batches than it would have had"

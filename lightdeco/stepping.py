@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .branch import Branch, Toggle
+from .closure import Closure
 from .errors import StepError
-from .optim import Closure, Optim, finite_gradients, monitored
+from .optim import Optim, finite_gradients, monitored
 from .run import Run
 from .seeds import repeater
 from .session import Session
@@ -48,8 +49,9 @@ def update(s: Session, branch: Branch, loss: Tensor, inputs: Inputs | None, agai
     `inputs` and `again`, which repeats the randomness of the step, are for a closure that evaluates the step anew.
     """
     call, progress, window, optimizer = s.call, s.run.progress, branch.window, branch.optimizer
-    if window.size > 1:
+    if not window.plain:
         window.normalise(optimizer)
+    loss = window.agreed(loss)
     if s.settings.on_nan == "skip" and not bool(torch.isfinite(loss) & finite_gradients(optimizer)):  # waits
         progress.skipped_updates += 1
         window.begin()
@@ -62,7 +64,7 @@ def update(s: Session, branch: Branch, loss: Tensor, inputs: Inputs | None, agai
         call["optimizer_step"](optimizer, closure)
     else:
         optimizer.step()
-    if window.size > 1:
+    if not window.plain:
         window.begin()
     s.count_step()
     updates = progress.updates[branch.name] = progress.updates.get(branch.name, 0) + 1
@@ -74,16 +76,19 @@ def update(s: Session, branch: Branch, loss: Tensor, inputs: Inputs | None, agai
 
 def _evaluate_again(s: Session, branch: Branch, inputs: Inputs | None, again: Callable[[], object]) -> Tensor:
     """Loss and gradients at the present weights, for a closure; the same randomness as the first time."""
-    branch.window.refuse_several(branch.hook.where)
+    window = branch.window
+    window.refuse_several(branch.hook.where)
     assert inputs is not None  # of a window of one batch they are known
     branch.zero_grad()
     again()
     outputs = branch.step(branch.key, *inputs)
     loss: Tensor = read_result(outputs, branch.hook.where, training=True, carries="split_batch" in s.call)[0]
-    branch.backward(loss)
+    branch.backward(window.repeat(loss))
+    if not window.plain:
+        window.normalise(branch.optimizer)
     if "clip_gradients" in s.call:
         s.call["clip_gradients"](branch.optimizer)
-    return loss
+    return window.agreed(loss)
 
 
 def step_schedulers(s: Session) -> None:
@@ -149,12 +154,13 @@ def _train_part(s: Session, branch: Branch, inputs: Inputs, last: bool, seed: in
     if seed is not None:
         s.reseed(seed)
     again = repeater(run.device) if branch.closure else int
+    window.coming(last)
     outputs = branch.step(branch.key, *inputs)
     carries = "split_batch" in call
     loss, scalars, metrics, weight, samples = read_result(outputs, branch.hook.where, training=True, carries=carries)
     if weight is None:
         weight = samples or run.size_of_batch()
-    scaled = loss if window.size == 1 else window.scale(loss, weight, last)
+    scaled = loss if window.plain else window.scale(loss, weight, last)
     branch.loss = scaled.detach()
     call["on_before_backward"](scaled, optimizer)
     if "backward" in call:  # and not `branch.backward`, which lies around it: one frame less above the user's code
@@ -164,7 +170,7 @@ def _train_part(s: Session, branch: Branch, inputs: Inputs, last: bool, seed: in
     call["on_after_backward"](optimizer)
     _add_loss(s, branch, loss, weight, inputs[1])
     log_result(run, branch.prefix, scalars, metrics, weight)
-    return outputs, scaled if window.size == 1 or window.complete(last) else None, again
+    return outputs, scaled if window.plain or window.complete(last) else None, again
 
 
 def _train_manually(s: Session, branch: Branch, inputs: Inputs, last: bool, seed: int | None) -> Trained:

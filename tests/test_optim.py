@@ -11,7 +11,8 @@ from torch.optim import LBFGS, SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
 import lightdeco as ld
-from lightdeco.optim import Closure, Window, clip, finite_gradients, monitored, needs_closure, read_optimizers
+from lightdeco.closure import Closure
+from lightdeco.optim import Window, clip, finite_gradients, monitored, needs_closure, read_optimizers
 
 QUIET: Any = {"logger": False, "progress_bar": False, "summary": False, "max_epochs": 1}
 

@@ -2,7 +2,6 @@
 
 import math
 import string
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final, Literal
@@ -96,7 +95,8 @@ class ModelCheckpoint:
         self.last: str | None = None
         #: The `global_step` of each of them.
         self.steps: dict[str, int] = {}
-        self._written = time.monotonic()
+        #: Seconds of training at the last write, or when the run began.
+        self.written_at = 0.0
         self._step = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,11 +124,14 @@ class ModelCheckpoint:
 
     # ---- when --------------------------------------------------------------------------------------------------------
 
-    def due(self, step: int, epoch: int | None = None) -> bool:
-        """Whether to write after this step; `epoch`: the number of finished ones, where one has just ended."""
+    def due(self, step: int, epoch: int | None = None, seconds: float = 0.0) -> bool:
+        """Whether to write after this step, `seconds` after the beginning of the run.
+
+        `epoch`: the number of finished ones, where one has just ended.
+        """
         if self.every_n_steps is not None and step != self._step and step % self.every_n_steps == 0:
             return True
-        if self.every_seconds is not None and time.monotonic() - self._written >= self.every_seconds:
+        if self.every_seconds is not None and seconds - self.written_at >= self.every_seconds:
             return True
         every = self.every_n_epochs
         if self.monitor is None and (self.every_n_steps, self.every_seconds, every) == (None, None, None):
@@ -198,9 +201,9 @@ class ModelCheckpoint:
             raise SettingsError(f"{where}: {error}") from error
         return found
 
-    def written(self, name: str, step: int) -> None:
-        """Take note of a checkpoint that was written."""
-        self._written, self._step, self.last = time.monotonic(), step, name
+    def written(self, name: str, step: int, seconds: float = 0.0) -> None:
+        """Take note of a checkpoint that was written, `seconds` after the beginning of the run."""
+        self.written_at, self._step, self.last = seconds, step, name
         self.steps = {known: self.steps[known] for known in self.keep(ending=True)}
 
     def rank(self, name: str, score: float | None, step: int) -> None:

@@ -14,7 +14,9 @@ from lightdeco.errors import DataError, nearest
 from .combined import CombinedLoader as CombinedLoader
 from .combined import check_loader, is_array, is_several
 from .loader import Loader
+from .sharing import Share
 
+_ALL = Share()
 STAGES = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
 
 
@@ -64,13 +66,14 @@ def _stages(data: dict[Any, Any]) -> dict[str, object]:
     return {stage: given for stage, given in data.items() if given is not None}
 
 
-def loaders(given: Any, stage: str, seed: int) -> tuple[Loader, ...]:
+def loaders(given: Any, stage: str, seed: int, share: Share = _ALL) -> tuple[Loader, ...]:
     """Check what one stage was given, and make it ready to be read.
 
     Args:
         given: training: one loader. Other stages also: a list of loaders, named "0", "1", …, or a dict of them.
         stage: "train", "val", "test" or "predict".
         seed: the run's seed (32 bits).
+        share: the part of this process.
 
     Raises:
         DataError: it is no loader, too many of them, or an empty one.
@@ -84,13 +87,13 @@ def loaders(given: Any, stage: str, seed: int) -> tuple[Loader, ...]:
     elif is_several(given):
         named = [(str(i), loader) for i, loader in enumerate(given)]
     else:
-        return (_loader(given, f"the {stage} loader", seed, None),)
+        return (_loader(given, f"the {stage} loader", seed, None, share),)
     if stage == "train":
         raise DataError(
             f"train was given {len(named)} loaders in a {type(given).__name__}; training reads one: "
             "join them with CombinedLoader(loaders, mode='min_size')"
         )
-    return tuple(_loader(loader, f"the {stage} loader {name!r}", seed, name) for name, loader in named)
+    return tuple(_loader(loader, f"the {stage} loader {name!r}", seed, name, share) for name, loader in named)
 
 
 def _named(given: Mapping[Any, Any], stage: str) -> list[tuple[str, Any]]:
@@ -105,10 +108,10 @@ def _named(given: Mapping[Any, Any], stage: str) -> list[tuple[str, Any]]:
     return list(given.items())
 
 
-def _loader(given: Any, what: str, seed: int, name: str | None) -> Loader:
+def _loader(given: Any, what: str, seed: int, name: str | None, share: Share) -> Loader:
     check_loader(given, what)
-    loader = Loader(given, seed, name)
-    if loader.length == 0:
+    loader = Loader(given, seed, name, share)
+    if loader.length == 0 and share.rank == 0:
         hint = "with drop_last=True a dataset smaller than one batch gives none" if _drops(given) else "leave it out"
         raise DataError(f"{what} is empty: its length is 0; {hint}")
     return loader

@@ -34,7 +34,7 @@ def script(
     here = replace(resolved, accelerator="cpu", devices="auto", compile=False, resume=None)
     seen: list[Any] = []
     with opened(_recording(plan, seen), given, here, writes=False) as session:
-        made = Script(plan, resolved, session, seen[0], launch._kind(resolved))
+        made = Script(plan, resolved, session, seen[0], launch.kind_of(resolved))
         _refuse_several(made)
         text = written(made, data)
     if target is not None:

@@ -1,0 +1,48 @@
+"""The ballot: one small parameter more, whose gradient carries what the processes of a run tell each other.
+
+DDP averages it with the gradients of the model: each process gets the mean of what all of them put in.
+"""
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from .signals import ENDS
+from .steps import Steps
+
+#: The places in what is agreed on: factor of the loss, factor times loss, seconds of rank 0, "stop", each signal.
+FACTOR, LOSS, SECONDS, STOP, SIGNALS = range(5)
+SIZE: Final = SIGNALS + len(ENDS)
+
+
+class SharedSteps(Steps):
+    """`Steps` with the ballot; a training step returns it beside its outputs, so that DDP finds it used."""
+
+    def __init__(self, model: nn.Module, calls: Any, training: frozenset[str]) -> None:
+        super().__init__(model, calls)
+        double = all(p.dtype == torch.float64 for p in model.parameters())
+        self.ballot = nn.Parameter(torch.zeros(SIZE, dtype=torch.float64 if double else torch.float32))
+        self._training = training
+
+    def forward(self, role: str, *offered: object) -> Any:
+        """As `Steps.forward`; of a training step `(outputs, ballot)`."""
+        method, select = self.calls[role]
+        positional, keywords = select(offered)
+        outputs = method(*positional, **keywords)
+        return (outputs, self.ballot * 1) if role in self._training else outputs
+
+
+class Cast(torch.autograd.Function):
+    """loss * factor forward; backward the ballot gets the votes, whatever the gradient (a scaler's factor, say)."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, slip: Tensor, factor: Any, votes: Tensor) -> Tensor:
+        ctx.factor, ctx.votes = factor, votes
+        return loss.view_as(loss) if isinstance(factor, float) and factor == 1.0 else loss * factor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        grad, factor = grads[0], ctx.factor
+        scaled = grad if isinstance(factor, float) and factor == 1.0 else grad * factor
+        return scaled, ctx.votes, None, None

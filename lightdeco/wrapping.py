@@ -1,0 +1,79 @@
+"""The steps of a run, and what accelerate wraps around them: autocast, DDP."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from . import launch
+from .ballot import SharedSteps
+from .errors import LaunchError, warn
+from .peers import Alone, Peers
+from .session import Session
+from .steps import Steps
+
+
+def wrap(s: Session) -> None:
+    """Make the Accelerator, and of the marked steps what training and evaluation call.
+
+    Raises:
+        MarkError: `configure_accelerator` returned something else than arguments of `Accelerator`.
+        LaunchError: this machine cannot do what the settings ask for.
+    """
+    run, settings, model = s.run, s.settings, s.plan.model
+    hooks = s.plan.steps()
+    training = frozenset(key for key, hook in hooks.items() if hook.role.name == "training_step")
+    manual = any(hooks[key].mark.manual for key in training)
+    hook = s.plan.one("configure_accelerator")
+    configured = launch.accelerator_arguments(hook, None if hook is None else s.call["configure_accelerator"]())
+    accelerator = run.accelerator = launch.make_accelerator(settings, configured, len(training) > 1)
+    run.device = accelerator.device
+    calls = {key: s.plan.step(hook, run) for key, hook in hooks.items()}
+    shared = s.group.size > 1 and s.plan.verb == "fit"
+    _refuse_without_effect(s)
+    if not shared:
+        s.peers = Alone(run, s.signals)
+        s.steps = Steps(model, calls)
+        s.wrapped = accelerator.prepare_model(s.steps, evaluation_mode=s.plan.verb != "fit")
+        # Where nothing wraps the steps, training calls its own without the way round.
+        s.bare = s.wrapped is s.steps and "forward" not in vars(s.steps)
+        return
+    s.peers = peers = Peers(run, s.signals, s.group)
+    if settings.sync_batchnorm:
+        s.stack.callback(_synchronise_batchnorm(model, run.device))
+    if manual:  # calls backward inside of its forward, where DDP cannot follow: `Peers.average` instead
+        s.steps = Steps(model, calls)
+        s.wrapped = accelerator.prepare_model(s.steps, evaluation_mode=True)
+        peers.align(model, weights=True)
+        return
+    s.steps = steps = SharedSteps(model, calls, training)
+    s.wrapped = peers.wrap(steps, accelerator.prepare_model(steps))
+
+
+def _refuse_without_effect(s: Session) -> None:
+    settings = s.settings
+    if s.group.size > 1:
+        return
+    for name, default in (("sync_batchnorm", False), ("use_distributed_sampler", True), ("process_timeout", None)):
+        if getattr(settings, name) != default:
+            warn(f"{name}={getattr(settings, name)!r} has no effect: this run has one process")
+
+
+def _synchronise_batchnorm(model: nn.Module, device: torch.device) -> Callable[[], None]:
+    """Replace every BatchNorm by `SyncBatchNorm`, with the same parameters and buffers; what is returned undoes it."""
+    if device.type == "cpu":
+        raise LaunchError("sync_batchnorm=True: torch's SyncBatchNorm works on GPUs only")
+    replaced = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.modules.batchnorm._BatchNorm)
+    ]
+    for parent, name, child in replaced:
+        setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))  # type: ignore[no-untyped-call]
+
+    def undo() -> None:
+        for parent, name, child in replaced:
+            setattr(parent, name, child)
+
+    return undo
