@@ -53,6 +53,10 @@ def prepare_optimizers(s: Session, stack: ExitStack) -> None:
     s.parted = len(steps) > 1 or manual or s.branches[0].every != 1 or "split_batch" in call
     _plain(s)
     _losses(s)
+    if settings.oom == "micro":
+        from .micro import join
+
+        join(s)
 
 
 def _refuse_foreign(s: Session, where: str) -> None:

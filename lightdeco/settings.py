@@ -34,7 +34,6 @@ UNAVAILABLE: dict[str, tuple[object, ...]] = {
     "sync_batchnorm": (False,),
     "use_distributed_sampler": (True,),
     "process_timeout": (None,),
-    "oom": ("raise",),
     "log_gradients": (False,),
 }
 

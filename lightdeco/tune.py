@@ -19,10 +19,11 @@ from .errors import DataError, MarkError, SettingsError
 from .hooks import is_marked
 from .loop import fit
 from .marks import on_train_batch_start, on_train_start
+from .memory import is_out_of_memory
 from .roles import SKIP_EPOCH
 from .run import Run
 from .settings import Settings
-from .tune_batch import Hunt, Probe, is_out_of_memory
+from .tune_batch import Hunt, Probe
 from .tune_curve import LRCurve
 from .tune_loaders import Sized, parts
 from .tune_search import check_choice, check_count, searching, without_schedulers

@@ -403,7 +403,6 @@ def test_shown_values_are_short() -> None:
         ("sync_batchnorm", True, "False"),
         ("use_distributed_sampler", False, "True"),
         ("process_timeout", 5, "None"),
-        ("oom", "micro", "'raise'"),
         ("log_gradients", True, "False"),
     ],
 )
