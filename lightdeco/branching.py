@@ -56,6 +56,10 @@ def prepare_optimizers(s: Session, stack: ExitStack) -> None:
     _losses(s)
     if isinstance(s.peers, Peers):
         s.peers.needs_loss = settings.on_nan == "skip" or any(branch.closure for branch in s.branches)
+    if settings.oom == "micro":
+        from .micro import join
+
+        join(s)
 
 
 def _refuse_foreign(s: Session, where: str) -> None:

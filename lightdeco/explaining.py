@@ -2,12 +2,13 @@
 
 import textwrap
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
 from torch import nn
 
 from .ejecting.objects import call_text, directory_text, loader_text, made, place, policy_text, recorders
+from .explaining_heads import batches_text, epochs_text
 from .hooks import Hook
 from .plan import Plan
 from .preparing import prepare
@@ -39,7 +40,7 @@ class _Outline:
     def text(self) -> str:
         """All of it, with the places in a column."""
         self._beginning()
-        with self._block(self._epochs()):
+        with self._block(epochs_text(self._settings)):
             self._epoch()
         self._end()
         width = max((len(text) for text, where in self._lines if where and len(text) <= _WIDEST), default=0)
@@ -96,7 +97,8 @@ class _Outline:
         self._role("configure_accelerator", "accelerator = Accelerator(**{})")
         self._where()
         self._loaders()
-        self._role("configure_optimizers", "optimizer, scheduler = {}")
+        several = any(hook.mark.optimizer or hook.mark.manual for hook in plan.all("training_step"))
+        self._role("configure_optimizers", "optimizers = {}" if several else "optimizer, scheduler = {}")
         if s.resume is not None:
             self._hear("on_load_checkpoint")
         if not s.fast_dev_run:
@@ -112,7 +114,8 @@ class _Outline:
     def _where(self) -> None:
         s = self._settings
         devices = "" if s.devices == "auto" else f", devices={s.devices!r}"
-        precision = "" if s.precision == "32-true" else f", steps under autocast: {s.precision}"
+        form = "steps under autocast" if s.precision.endswith("-mixed") else "weights and inputs in"
+        precision = "" if s.precision == "32-true" else f", {form}: {s.precision}"
         self._say(f"put the model on its device: accelerator={s.accelerator!r}{devices}{precision}")
         if s.compile is not False:
             options = f" ({s.compile})" if isinstance(s.compile, dict) else ""
@@ -121,6 +124,8 @@ class _Outline:
             value = getattr(s, name)
             if value not in (None, False):
                 self._say(f"torch runs with {name}={value!r}")
+        if s.profiler is not None:
+            self._say(f"measure everything from here on: profiler={shown(s.profiler)}")
 
     def _loaders(self) -> None:
         for stage in ("train", "val") if self._validates else ("train",):
@@ -131,24 +136,13 @@ class _Outline:
 
     # ---- an epoch ----------------------------------------------------------------------------------------------------
 
-    def _epochs(self) -> str:
-        s = self._settings
-        ends = [] if s.max_epochs is None else [f"{s.max_epochs} are done"]
-        if s.fast_dev_run:
-            ends = ["1 is done"]
-        ends += [] if s.max_steps is None else [f"global_step is {s.max_steps}"]
-        ends += [] if s.max_seconds is None else [f"{s.max_seconds:g} s have passed"]
-        least = [f"{n}={v}" for n in ("min_epochs", "min_steps") if (v := getattr(s, n)) is not None]
-        text = f"for each epoch, until {' or '.join(ends)}"
-        return text + (f" (should_stop ends it too, not before {', '.join(least)}):" if least else ":")
-
     def _epoch(self) -> None:
         s = self._settings
         every = s.reload_dataloaders_every_n_epochs
         if every:
             self._say(f"every {every} epochs: make the loaders anew")
         self._hear("on_train_epoch_start")
-        with self._block(self._batches()):
+        with self._block(batches_text(self._settings)):
             self._batch()
         inside = s.val_check_interval not in (None, 1.0)
         if self._validates and not inside:
@@ -158,30 +152,21 @@ class _Outline:
         self._schedule("epoch")
         self._save()
 
-    def _batches(self) -> str:
-        s = self._settings
-        limit: object = s.limit_train_batches if s.overfit_batches is None else s.overfit_batches
-        limit = int(s.fast_dev_run) or limit
-        what = "" if limit is None else f" (the first {limit})" if isinstance(limit, int) else f" (a share of {limit})"
-        same = ", the same in every epoch" if s.overfit_batches is not None else ""
-        return f"for each batch of train_loader{what}{same}:"
-
     def _batch(self) -> None:
-        s, n = self._settings, self._settings.accumulate_grad_batches
+        s = self._settings
         self._transfer()
         self._hear("on_train_batch_start")
-        if n == 1:
-            self._clear()
-            self._steps()
-            self._update()
-        else:
-            window = f"of {n} batches" if isinstance(n, int) else f"of batches, as many as {n} says from epoch to epoch"
-            with self._block(f"at the beginning of a window {window}:"):
-                self._clear()
-            self._steps()
-            with self._block("at the end of the window, or of the epoch:"):
-                self._say("divide the gradients by the sum of weights, so that each sample counts the same")
-                self._update()
+        if self._plan.one("split_batch"):
+            self._seed()
+            self._role("split_batch", "parts = {}")
+        steps = self._plan.all("training_step")
+        for i, hook in enumerate(steps):
+            with ExitStack() as blocks:
+                for head in self._heads(hook, several=len(steps) > 1):
+                    blocks.enter_context(self._block(head))
+                self._manual(hook) if hook.mark.manual else self._step(hook, seeds=i == 0)
+        if len(steps) > 1 or self._plan.one("split_batch") or any(hook.mark.manual for hook in steps):
+            self._say("global_step += 1, if any optimizer was updated")
         self._hear("on_train_batch_end")
         self._say(f"every {s.log_every_n_steps} steps: record train/…" + self._recorded())
         if s.on_nan == "raise":
@@ -192,6 +177,17 @@ class _Outline:
         self._save()
         self._say("end the run here where a limit is reached, or run.should_stop is set")
 
+    def _heads(self, hook: Hook, several: bool) -> Iterator[str]:
+        """What a training step stands in."""
+        name = hook.mark.optimizer
+        if several:
+            due = "" if hook.mark.every == 1 else f", for batches 0, {hook.mark.every}, {2 * hook.mark.every}, …"
+            yield f"optimizer {name!r}{due}, while only its parameters require grad:"
+        elif hook.mark.every > 1:
+            yield f"for batches 0, {hook.mark.every}, {2 * hook.mark.every}, …:"
+        if self._plan.one("split_batch"):
+            yield "for each part, with the carry of the one before:"
+
     def _transfer(self) -> None:
         self._hear("on_before_batch_transfer")
         self._role("transfer_batch_to_device", "batch = {}")
@@ -201,34 +197,78 @@ class _Outline:
         self._hear("on_before_zero_grad")
         self._role("optimizer_zero_grad", otherwise="optimizer.zero_grad()")
 
-    def _steps(self) -> None:
-        """The training steps with their backward; several, where there is one for each optimizer."""
-        for hook in self._plan.all("training_step"):
-            name = "" if hook.mark.optimizer is None else f"optimizer {hook.mark.optimizer!r}: "
-            every = "" if hook.mark.every == 1 else f"each {hook.mark.every} batches, "
-            self._say("seed torch with seeds.step_seed(seed, rank, micro_batch)")
-            self._say(f"{every}{name}outputs = {call_text(hook)}", hook)
-            if hook.mark.manual:
-                self._say("(the step calls ld.backward and the optimizers itself)")
-                continue
-            self._hear("on_before_backward")
-            self._role("backward", otherwise="loss.backward()")
-            self._hear("on_after_backward")
+    def _seed(self) -> None:
+        self._say("seed torch with seeds.step_seed(seed, rank, micro_batch)")
+
+    def _window(self) -> str:
+        n = self._settings.accumulate_grad_batches
+        return f"{n} batches" if isinstance(n, int) else f"as many batches as {n} says from epoch to epoch"
+
+    def _step(self, hook: Hook, seeds: bool) -> None:
+        """One training step with its backward and its update; `seeds`: torch is seeded before it."""
+        s = self._settings
+        alone = s.accumulate_grad_batches == 1
+        if alone:
+            self._clear()
+        else:
+            with self._block(f"at the beginning of a window of {self._window()}:"):
+                self._clear()
+        if seeds and not self._plan.one("split_batch"):
+            self._seed()
+        self._say(f"outputs = {call_text(hook)}", hook)
+        if s.oom == "micro" and not self._plan.one("split_batch"):
+            self._say("where memory runs out: the same for parts of the batch, now and from then on (oom='micro')")
+        self._hear("on_before_backward")
+        self._role("backward", otherwise="loss.backward()")
+        self._hear("on_after_backward")
+        if alone:
+            self._update()
+            return
+        with self._block("at the end of the window, or of the epoch:"):
+            self._say("divide the gradients by the sum of weights, so that each sample counts the same")
+            self._update()
+
+    def _manual(self, hook: Hook) -> None:
+        """A manual step, and what happens inside of what it calls."""
+        self._seed()
+        self._say(f"outputs = {call_text(hook)}", hook)
+        with self._block("the step clears and updates by itself; when it calls"):
+            with self._block("ld.backward:"):
+                self._hear("on_before_backward")
+                self._role("backward", otherwise="loss.backward()")
+                self._hear("on_after_backward")
+            s = self._settings
+            if self._plan.one("clip_gradients") or s.gradient_clip_val is not None:
+                with self._block("ld.clip_gradients:"):
+                    self._role("clip_gradients", otherwise=self._clipping())
+            if self._plan.all("on_before_optimizer_step"):
+                with self._block("optimizer.step:"):
+                    self._hear("on_before_optimizer_step")
+            if s.accumulate_grad_batches != 1:
+                self._say(f"optimizer.step and zero_grad, ld.clip_gradients: nothing, until {self._window()} have come")
+
+    def _clipping(self) -> str | None:
+        s = self._settings
+        if s.gradient_clip_val is None:
+            return None
+        return f"clip the gradients: {s.gradient_clip_algorithm} at most {s.gradient_clip_val}"
 
     def _update(self) -> None:
-        s = self._settings
-        if s.on_nan == "skip":
+        if self._settings.on_nan == "skip":
             self._say("leave this update out where the loss or a gradient is not finite (on_nan='skip')")
         self._hear("on_before_optimizer_step")
-        clip = None if s.gradient_clip_val is None else f"clip the gradients: {s.gradient_clip_algorithm} at most "
-        self._role("clip_gradients", otherwise=None if clip is None else f"{clip}{s.gradient_clip_val}")
-        self._role("optimizer_step", otherwise="optimizer.step(); global_step += 1")
+        self._role("clip_gradients", otherwise=self._clipping())
+        several = len(self._plan.all("training_step")) > 1 or self._plan.one("split_batch") is not None
+        counted = "" if several else "; global_step += 1"
+        self._role("optimizer_step", "{}" + counted, otherwise="optimizer.step()" + counted)
         self._schedule("step")
 
     def _recorded(self) -> str:
         return "" if self._settings.fast_dev_run else f" in {recorders(self._settings)}"
 
     def _schedule(self, interval: str) -> None:
+        if any(hook.mark.manual for hook in self._plan.all("training_step")):
+            return
         when = f"by {interval}, if configure_optimizers made one: "
         self._role("lr_scheduler_step", when + "{}", when + "scheduler.step()")
 

@@ -84,6 +84,12 @@ class Series:
             self._copy(value, self._device)
         self.weights.append(_copied(weight) if isinstance(weight, Tensor) else weight)
 
+    def rewind(self, count: int) -> None:
+        """Forget what was added since there were `count` values; none may have been read meanwhile."""
+        del self.values[count:], self.weights[count:]
+        while len(self._kept) > max(0, count - 1) // _CAPACITY:
+            self._buffer.copy_(self._kept.pop())
+
     def _copy(self, value: Any, device: torch.device) -> None:
         """Copy a value into the buffer on the device."""
         n = len(self.weights) % _CAPACITY

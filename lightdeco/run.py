@@ -50,6 +50,8 @@ class Progress:
     """Updates of each optimizer, by name, as far as something depends on them."""
     calls: dict[str, int] = field(default_factory=dict)
     """How often each event with `every` has happened."""
+    part_sizes: dict[str, int] = field(default_factory=dict)
+    """The most samples that a training step gets at once since memory ran out, by optimizer."""
 
 
 class Run:

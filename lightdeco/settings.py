@@ -28,7 +28,6 @@ from .settings_checks import (
 UNAVAILABLE: dict[str, tuple[object, ...]] = {
     "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
     "precision": ("32-true", "bf16-mixed", "bf16-true", "64-true"),
-    "oom": ("raise",),
     "log_gradients": (False,),
 }
 

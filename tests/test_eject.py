@@ -446,3 +446,52 @@ def test_attached_functions_are_imported() -> None:
     script = eject(model, [torch.ones(4, 2)], max_epochs=1)
     assert "from tests.test_eject import _mean, _sgd" in script
     assert "outputs = _mean(model, batch)" in script
+
+
+class Lazy(torch.utils.data.Sampler[int]):
+    """Draws each index when it is asked for."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __iter__(self) -> Any:
+        return (int(torch.randint(50, ())) for _ in range(20))
+
+
+def test_what_differs_from_fit_is_said(tmp_path: Path) -> None:
+    """A sampler that may draw late, workers that stay, memory and the clock; with torch's own samplers nothing."""
+
+    def head(loader: Any, **settings: Any) -> str:
+        script = eject(Net(), loader, **{"max_epochs": 1, "seed": SEED, "checkpoint": False, **QUIET, **settings})
+        return " ".join(script[: script.index("\nimport")].split())
+
+    plain = head(DataLoader(points(50), 5, shuffle=True))
+    assert "bit for bit." in plain
+    assert "Differs" not in plain
+    lazy = head(DataLoader(points(50), 5, sampler=Lazy()))
+    assert "bit for bit but for what differs" in lazy
+    assert "Differs from fit: - the order of the batches, if Lazy draws random numbers from batch to batch" in lazy
+    assert "persistent_workers=True" in head(DataLoader(points(50), 5, num_workers=1, persistent_workers=True))
+    assert "fit goes on in parts (oom='micro')" in head(DataLoader(points(50), 5), oom="micro")
+    assert "max_time measures by the clock" in head(DataLoader(points(50), 5), max_time=100)
+
+
+@pytest.mark.parametrize(
+    ("interval", "monitor", "said"),
+    [
+        ("step", "train/loss", r"interval='step' and monitor='train/loss': fit takes the value of the "),
+        ("step", None, r"interval='step' and monitor='train/loss'"),
+        ("epoch", "mine", r"monitor='mine', which ld\.log records"),
+    ],
+)
+def test_a_metric_that_the_script_does_not_have_is_refused(interval: Any, monitor: Any, said: str) -> None:
+    """ReduceLROnPlateau by something that only a logger's record or `ld.log` knows."""
+
+    class Plateau(Net):
+        @ld.configure_optimizers
+        def adam(self) -> Any:
+            adam = super().adam()
+            return ld.Optim(adam, ReduceLROnPlateau(adam), interval=interval, monitor=monitor)
+
+    with pytest.raises(ld.SettingsError, match=said):
+        eject(Plateau(), DataLoader(points(50), 5), max_epochs=1, **QUIET)

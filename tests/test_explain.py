@@ -159,3 +159,104 @@ def test_wrong_arguments_are_refused_as_by_fit() -> None:
         explain(Net(), batches(), max_epoch=3)  # type: ignore[call-arg]  # what is tested
     with pytest.raises(ld.DataError, match="no train data"):
         explain(Net(), max_epochs=3)
+
+
+def body(model: Any, **settings: Any) -> list[str]:
+    """The lines of one batch, without the places."""
+    text = explain(model, batches(), max_epochs=1, logger=False, checkpoint=False, **settings)
+    lines = [re.split(r"  +\S*test_explain.py", line)[0].rstrip() for line in text.splitlines()]
+    return lines[next(i for i, line in enumerate(lines) if "for each batch" in line) + 1 :]
+
+
+class Pair(torch.nn.Module):
+    """Two optimizers, each with a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
+
+    @ld.training_step(optimizer="b", every=2)
+    def first(self, batch: Any) -> Any:
+        return self.b(batch[0]).mean()
+
+    @ld.training_step(optimizer="a")
+    def second(self, batch: Any) -> Any:
+        return self.a(batch[0]).mean()
+
+    @ld.configure_optimizers
+    def make(self) -> Any:
+        return {name: torch.optim.SGD(getattr(self, name).parameters(), 0.1) for name in ("a", "b")}
+
+
+def test_several_optimizers_each_have_a_block_with_their_update() -> None:
+    """torch is seeded once, each step has its own update, and the batch is counted once."""
+    lines = [line.strip() for line in body(Pair(), gradient_clip_val=1.0)]
+    assert lines[:15] == [
+        "optimizer 'b', for batches 0, 2, 4, …, while only its parameters require grad:",
+        "optimizer.zero_grad()",
+        "seed torch with seeds.step_seed(seed, rank, micro_batch)",
+        "outputs = Pair.first(batch)",
+        "loss.backward()",
+        "clip the gradients: norm at most 1.0",
+        "optimizer.step()",
+        "by step, if configure_optimizers made one: scheduler.step()",
+        "optimizer 'a', while only its parameters require grad:",
+        "optimizer.zero_grad()",
+        "outputs = Pair.second(batch)",
+        "loss.backward()",
+        "clip the gradients: norm at most 1.0",
+        "optimizer.step()",
+        "by step, if configure_optimizers made one: scheduler.step()",
+    ]
+    assert lines[15] == "global_step += 1, if any optimizer was updated"
+
+
+def test_a_manual_step_has_no_update_of_the_loop() -> None:
+    """What the step calls is there with who listens; what only the loop does is not."""
+
+    class Manual(Pair):
+        first = second = None
+
+        @ld.training_step(manual=True)
+        def both(self, batch: Any) -> None: ...
+
+        @ld.on_before_optimizer_step
+        def look(self, optimizer: Any) -> None: ...
+
+    lines = body(Manual(), accumulate_grad_batches=2, gradient_clip_val=0.5)
+    text = "\n".join(lines)
+    assert "zero_grad()" not in text
+    assert "scheduler" not in text
+    at = [line.strip() for line in lines].index("the step clears and updates by itself; when it calls")
+    assert [line.strip() for line in lines[at + 1 : at + 8]] == [
+        "ld.backward:",
+        "loss.backward()",
+        "ld.clip_gradients:",
+        "clip the gradients: norm at most 0.5",
+        "optimizer.step:",
+        "on_before_optimizer_step: Manual.look(optimizer)",
+        "optimizer.step and zero_grad, ld.clip_gradients: nothing, until 2 batches have come",
+    ]
+
+
+def test_parts_of_a_batch_precision_memory_and_profiler() -> None:
+    """split_batch has a loop of its own, true precision no autocast, and both settings a line where they act."""
+
+    class Split(Net):
+        @ld.split_batch
+        def split(self, batch: Any) -> Any:
+            return [batch]
+
+    lines = [line.strip() for line in body(Split(), oom="micro")]
+    assert lines[:4] == [
+        "seed torch with seeds.step_seed(seed, rank, micro_batch)",
+        "parts = Split.split(batch)",
+        "for each part, with the carry of the one before:",
+        "optimizer.zero_grad()",
+    ]
+    assert not any("oom" in line for line in lines)
+    assert any("oom='micro'" in line for line in body(Net(), oom="micro"))
+    text = explain(Net(), batches(), max_epochs=1, precision="bf16-true", profiler="simple")
+    assert "weights and inputs in: bf16-true" in text
+    assert "profiler='simple'" in text
+    assert "autocast" not in text

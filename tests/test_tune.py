@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 import lightdeco as ld
+from lightdeco.memory import is_out_of_memory
 from lightdeco.tuning import find_batch_size, lr_find
-from lightdeco.tuning.batch import is_out_of_memory
 from lightdeco.tuning.curve import LRCurve, _smoothed
 from tests.models import Net, batches
 

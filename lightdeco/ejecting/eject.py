@@ -11,6 +11,7 @@ from lightdeco import launch
 from lightdeco.errors import LightdecoError, MarkError, SettingsError
 from lightdeco.hooks import Hook
 from lightdeco.opening import opened
+from lightdeco.optim import is_plateau
 from lightdeco.plan import Plan
 from lightdeco.preparing import prepare
 from lightdeco.settings import Settings, resolve
@@ -36,6 +37,7 @@ def script(
     with opened(_recording(plan, seen), given, here, writes=False) as session:
         made = Script(plan, resolved, session, seen[0], launch.kind_of(resolved))
         _refuse_several(made)
+        _refuse_monitors(made)
         text = written(made, data)
     if target is not None:
         target.write_text(text, encoding="utf-8")
@@ -50,6 +52,27 @@ def _refuse_several(script: Script) -> None:
         raise SettingsError("eject writes no accumulate_grad_batches for several optimizers; leave it out")
     if any(part.optim.every > 1 and part.optim.interval == "step" for part in script.parts):
         raise SettingsError("eject writes no scheduler with interval='step' and every > 1 for several optimizers")
+
+
+def _refuse_monitors(script: Script) -> None:
+    """Refuse schedulers by metrics that the script does not have when they step."""
+    for part in script.parts:
+        optim = part.optim
+        if optim.scheduler is None or (optim.monitor is None and not is_plateau(optim.scheduler)):
+            continue
+        single = script.validates and script.session.loaders["val"][0].name is None
+        name = optim.monitor or ("val/loss" if single else f"{part.prefix}loss")
+        kind = type(optim.scheduler).__name__
+        if optim.interval == "step" and name.startswith("train/"):
+            raise SettingsError(
+                f"eject cannot write {kind} with interval='step' and monitor={name!r}: fit takes the value of the "
+                "latest record, which a script has none of; use interval='epoch', or a monitor 'val/…'"
+            )
+        if not name.startswith(("train/", "val/")):
+            raise SettingsError(
+                f"eject cannot write {kind} with monitor={name!r}, which ld.log records and no step returns; return it "
+                "from the step, in its dict"
+            )
 
 
 def _recording(plan: Plan, seen: list[Any]) -> Plan:

@@ -2,7 +2,11 @@
 
 import re
 import textwrap
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
+
+from lightdeco.data.loader import Loader
+from lightdeco.data.rebuilt import _draws_once
 
 from .evaluate import evaluate
 from .makers import Makers, functions
@@ -64,8 +68,12 @@ def _docstring(script: Script, assumed: list[str]) -> str:
     """What the script is, what was assumed, and what is left out."""
     model = type(script.plan.model).__name__
     lines = [f'"""The training of {model} as a plain loop, written by lightdeco\'s `eject`.', ""]
-    lines += _wrapped("From the same initial weights and data it ends in the weights of the run, bit for bit.", "")
-    for title, points in (("Assumed:", assumed), ("Left out:", _left_out(script))):
+    but = " but for what differs" if _differs(script) else ""
+    lines += _wrapped(
+        f"From the same initial weights and data it ends in the weights of the run, bit for bit{but}.", ""
+    )
+    differs = _differs(script)
+    for title, points in (("Assumed:", assumed), ("Differs from fit:", differs), ("Left out:", _left_out(script))):
         if points:
             lines += ["", title, *(line for point in points for line in _wrapped(point, "- "))]
     return "\n".join([*lines, '"""'])
@@ -97,6 +105,34 @@ def _left_out(script: Script) -> list[str]:
     for early in script.early:
         if not early.monitor.startswith(("val/", "train/")):
             left.append(f"early stopping by {early.monitor}, which the steps do not return")
-    if any(kind_of(loader) == "other" for several in script.session.loaders.values() for loader in several):
-        left.append("the seeds inside of an IterableDataset or a CombinedLoader, whose noise is another one here")
     return left
+
+
+def _differs(script: Script) -> list[str]:
+    """Where the script cannot repeat the run to the bit."""
+    s, found = script.settings, []
+    loaders = [loader for several in script.session.loaders.values() for loader in several]
+    if any(kind_of(loader) == "other" for loader in loaders):
+        found.append("the seeds inside of an IterableDataset or a CombinedLoader, whose noise is another one here")
+    for given in _data_loaders(loaders):
+        sampler = given.sampler if given.batch_size is not None else given.batch_sampler
+        if not _draws_once(given._index_sampler):
+            found.append(
+                f"the order of the batches, if {type(sampler).__name__} draws random numbers from batch to batch: "
+                "fit draws them all from the seed of the epoch, this script between the steps"
+            )
+        if given.persistent_workers:
+            found.append(
+                "the order of the batches from the second epoch on: with persistent_workers=True torch draws one "
+                "number less than in the first; leave that out here and there"
+            )
+    if s.oom == "micro":
+        found.append("a run that runs out of memory: fit goes on in parts (oom='micro'), this script ends")
+    if s.max_time is not None:
+        found.append("where the run ends, which max_time measures by the clock")
+    return list(dict.fromkeys(found))
+
+
+def _data_loaders(loaders: list[Loader]) -> Iterator[Any]:
+    """The DataLoaders over map-style datasets among them."""
+    return (cast(Any, loader._source)._loader for loader in loaders if kind_of(loader) in ("tensors", "indexed"))

@@ -19,11 +19,12 @@ from lightdeco.errors import DataError, MarkError, SettingsError
 from lightdeco.hooks import is_marked
 from lightdeco.loop import fit
 from lightdeco.marks import on_train_batch_start, on_train_start
+from lightdeco.memory import is_out_of_memory
 from lightdeco.roles import SKIP_EPOCH
 from lightdeco.run import Run
 from lightdeco.settings import Settings
 
-from .batch import Hunt, Probe, is_out_of_memory
+from .batch import Hunt, Probe
 from .curve import LRCurve
 from .loaders import Sized, parts
 from .search import check_choice, check_count, searching, without_schedulers

@@ -1,29 +1,13 @@
-"""The parts of `find_batch_size`: which size to try next, what is seen of a trial, what running out of memory is."""
+"""The parts of `find_batch_size`: which size to try next, and what is seen of a trial."""
 
 from collections.abc import Iterator
-from typing import Any, Final
-
-import torch
+from typing import Any
 
 from lightdeco.data import batch_size_of
 from lightdeco.errors import DataError, LightdecoError
 from lightdeco.marks import on_train_batch_start, on_train_epoch_end, on_train_start
 from lightdeco.roles import SKIP_EPOCH
 from lightdeco.run import Run
-
-#: Forms of running out of memory that accelerate's predicate does not know.
-_FORMS: Final = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that a device, or the CPU's allocator in torch, has no memory left."""
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return True
-    if not isinstance(error, RuntimeError) or not error.args or not isinstance(error.args[0], str):
-        return False
-    return should_reduce_batch_size(error) or any(form in error.args[0] for form in _FORMS)
 
 
 class Probe:
