@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 import torch
 
-from . import seeds
+from . import seeds, xla
 from .errors import LaunchError, MarkError, nearest
 from .plan import Hook
 from .settings import Settings
@@ -36,15 +36,24 @@ def make_accelerator(settings: Settings, configured: dict[str, Any]) -> "Acceler
         raise LaunchError("this process is one of several (WORLD_SIZE > 1); several processes are not available yet")
     from accelerate import Accelerator
 
-    kind = _kind(settings)
+    kind, variable = _kind(settings), os.environ.get("XLA_USE_BF16")
     arguments = {"cpu": kind == "cpu", "mixed_precision": _PRECISION[settings.precision]}
-    return Accelerator(**(arguments | configured))
+    with xla.kept_out(kind):
+        accelerator = Accelerator(**(arguments | configured))
+    if kind == "xla":
+        xla.check(accelerator, variable)
+    return accelerator
 
 
 def _kind(settings: Settings) -> str:
-    """The kind of device that "auto" or a name stands for here: "cpu", "cuda" or "mps"."""
+    """The kind of device that "auto" or a name stands for here: "cpu", "cuda", "mps" or "xla"."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    asked = {"gpu": "cuda"}.get(settings.accelerator, settings.accelerator)
+    asked = {"gpu": "cuda", "tpu": "xla"}.get(settings.accelerator, settings.accelerator)
+    if asked == "xla":
+        xla.require(settings.accelerator)
+        return asked
+    if asked == "auto" and xla.is_tpu():
+        return "xla"
     if asked == "auto":
         return next(kind for kind, found in there.items() if found)
     if not there[asked]:
@@ -84,6 +93,8 @@ class Process:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        if settings.accelerator in ("auto", "tpu", "xla") and _kind(settings) == "xla":
+            xla.begin()  # before the caller's random state is looked at
         self._accelerate: list[Any] | None = None
 
     @contextmanager

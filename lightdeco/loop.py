@@ -395,7 +395,7 @@ def _evaluate_batch(s: Session, stage: str, batch: Any, batch_idx: int, index: i
     run, call, event, role = s.run, s.call, f"on_{_EVENT[stage]}", STAGE_STEP[stage]
     run.batch, run.batch_idx = batch, batch_idx
     seed = seeds.eval_seed(run.seed, index, batch_idx)
-    with no_grad(s.settings.inference_mode):
+    with no_grad(s.settings.inference_mode, run.device):
         if s.transfer is not None:
             s.reseed(seed)
             run.batch = batch = s.transfer(batch, run.device, index)

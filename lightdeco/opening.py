@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import launch, loggers, seeds
+from . import launch, loggers, seeds, xla
 from .branching import prepare_optimizers
 from .compiling import compile_forward
 from .current import active
@@ -18,7 +18,7 @@ from .limits import expected
 from .loggers.masking import mask
 from .metrics import Means
 from .plan import Plan
-from .roles import STAGE_LOADER, TRANSFER, VERB_STAGE
+from .roles import BATCH_ENDS, STAGE_LOADER, TRANSFER, VERB_STAGE
 from .run import Run
 from .session import Session
 from .settings import Settings
@@ -101,10 +101,13 @@ def _set_up(s: Session, writes: bool, stack: ExitStack, resumed: "Resumed | None
     if settings.compile is not False:
         stack.callback(compile_forward(model, settings.compile))
     s.steps = Steps(model, {key: s.plan.step(hook, run) for key, hook in s.plan.steps().items()})
-    s.wrapped = accelerator.prepare_model(s.steps)
+    with xla.same_parameters(model, run.device):
+        s.wrapped = accelerator.prepare_model(s.steps)
     # Where nothing wraps the steps, training calls its own without the way round.
     s.bare = s.wrapped is s.steps and "forward" not in vars(s.steps)
     s.reseed = seeds.reseeder(run.device)
+    if run.device.type == "xla":
+        s.call |= {event: xla.synced(call[event]) for event in BATCH_ENDS}
     dtype = launch.TRUE.get(settings.precision)
     if dtype is not None or run.device.type != "cpu" or any(s.plan.all(role) for role in TRANSFER):
         s.transfer = s.plan.transfer(run, run.progress.calls, partial(_move, dtype))

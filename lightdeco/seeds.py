@@ -21,6 +21,8 @@ from itertools import chain, count
 import numpy
 import torch
 
+from . import xla
+
 _MASK = 0xFFFF_FFFF_FFFF_FFFF
 _ORDER, _DATA, _STEP, _EVAL = 1, 2, 3, 4
 
@@ -106,6 +108,7 @@ def seed_everything(seed: int) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise SettingsError(f"seed is {seed!r}; allowed: an integer from 0 to 2**32 - 1")
     torch.manual_seed(seed)
+    xla.set_rng_state(seed)
     numpy.random.seed(seed)
     random.seed(seed)
     return seed
@@ -115,7 +118,7 @@ def seed_everything(seed: int) -> int:
 def preserved() -> Iterator[None]:
     """Put the random state of torch (every device that is in use), NumPy and `random` back at the end."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    state = torch.get_rng_state(), numpy.random.get_state(), random.getstate()
+    state, of_xla = (torch.get_rng_state(), numpy.random.get_state(), random.getstate()), xla.rng_state()
     try:
         yield
     finally:
@@ -124,6 +127,7 @@ def preserved() -> Iterator[None]:
         random.setstate(state[2])
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
+        xla.set_rng_state(of_xla)
 
 
 def reseeder(device: torch.device) -> Callable[[int], object]:
@@ -138,18 +142,19 @@ def reseeder(device: torch.device) -> Callable[[int], object]:
             generator.manual_seed(seed)
 
         return both
-    return torch.manual_seed
+    return xla.reseeder() if device.type == "xla" else torch.manual_seed
 
 
 def repeater(device: torch.device) -> Callable[[], None]:
     """A function that puts torch's generators (the CPU's and the device's) back to where they are now. Waits."""
     state = torch.get_rng_state()
-    module = None if device.type == "cpu" else torch.get_device_module(device)
-    of_device = None if module is None else module.get_rng_state()
+    module = None if device.type in ("cpu", "xla") else torch.get_device_module(device)
+    of_device, of_xla = None if module is None else module.get_rng_state(), xla.rng_state()
 
     def again() -> None:
         torch.set_rng_state(state)
         if module is not None:
             module.set_rng_state(of_device)
+        xla.set_rng_state(of_xla)
 
     return again

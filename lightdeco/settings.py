@@ -26,7 +26,6 @@ from .settings_checks import (
 
 # Settings that have values whose effect is not built yet: what is available of them.
 UNAVAILABLE: dict[str, tuple[object, ...]] = {
-    "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
     "devices": ("auto", 1, [0], -1),
     "num_nodes": (1,),
     "strategy": ("auto",),

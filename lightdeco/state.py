@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy
 import torch
 
+from . import xla
 from .checkpoint import State, load_optimizer
 from .errors import CheckpointError, warn
 from .loggers.masking import mask
@@ -33,6 +34,7 @@ def collect(s: Session, metrics: Mapping[str, Any] | None = None) -> State:
     from . import __version__
 
     run = s.run
+    xla.sync()  # or each tensor would be read by a program of its own
     run.progress.seconds = s.seconds()
     corners: dict[str, Any] = {}
     for key, hook in _named(s, "on_save_checkpoint"):
@@ -289,6 +291,8 @@ def _random() -> dict[str, Any]:
     state = {"torch": torch.get_rng_state(), "numpy": [name, *rest], "random": random.getstate()}
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state_all()
+    if (of_xla := xla.rng_state()) is not None:
+        state["xla"] = of_xla
     return state
 
 
@@ -298,3 +302,4 @@ def _restore_random(state: Mapping[str, Any]) -> None:
     random.setstate(state["random"])
     if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+    xla.set_rng_state(state.get("xla"))

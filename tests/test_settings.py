@@ -397,8 +397,6 @@ def test_shown_values_are_short() -> None:
         ("devices", [1], "'auto', 1, [0], -1"),
         ("num_nodes", 2, "1"),
         ("strategy", "ddp", "'auto'"),
-        ("accelerator", "tpu", "'auto', 'cpu', 'gpu', 'cuda', 'mps'"),
-        ("accelerator", "xla", "'auto', 'cpu', 'gpu', 'cuda', 'mps'"),
         ("precision", "16-mixed", "'32-true', 'bf16-mixed', 'bf16-true', '64-true'"),
         ("sync_batchnorm", True, "False"),
         ("use_distributed_sampler", False, "True"),
