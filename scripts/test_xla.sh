@@ -19,7 +19,7 @@ export PJRT_DEVICE=${PJRT_DEVICE:-CPU} LIGHTDECO_TEST_ACCELERATOR=tpu PYTHONPATH
 # Left out: comparisons with a loop by hand on the CPU, tensors that a test itself makes on the CPU, counts of warnings
 # (accelerate calls a deprecated function of torch_xla), and LBFGS, whose updates XLA compiles for minutes.
 left_out='by_hand or hand_written or lbfgs or tried_again or torchmetrics_objects or batch_transfers or one_output_per_batch
-    or inference_mode_can or accumulated_gradients_of or a_carry_of_its_own or goes_on_bit_for_bit'
+    or inference_mode_can or accumulated_gradients_of or a_carry_of_its_own'
 core=(tests/test_fit.py tests/test_resume.py tests/test_evaluate.py tests/test_optim.py tests/test_metrics.py
     tests/test_logging.py tests/test_saving.py tests/test_load_from_checkpoint.py tests/test_precision.py
     tests/test_several.py)
