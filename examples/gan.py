@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Gan, ld.Run]:
     run = ld.fit(model, loader, max_epochs=options.epochs, seed=SEED, gradient_clip_val=5.0, root_dir=options.root_dir)
     ld.seed_everything(SEED)
     with torch.no_grad():
-        fake = model.sample(500)
+        fake = model.sample(500).cpu()
     real = loader.dataset.tensors[0]
     distance = (fake.mean(0) - real.mean(0)).abs().mean()
     print(show(fake[:6]))

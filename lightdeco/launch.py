@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 import torch
 
-from . import seeds
+from . import seeds, xla
 from .errors import LaunchError, MarkError, SettingsError, nearest
 from .joined import joined, place
 from .plan import Hook
@@ -97,12 +97,17 @@ def make_accelerator(settings: Settings, configured: dict[str, Any], several: bo
         os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{settings.devices[0]}"
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # or else accelerate sets it, and warns
+    bf16 = os.environ.get("XLA_USE_BF16")
     try:
-        return Accelerator(**(arguments | configured))
+        with xla.kept_out(kind):
+            accelerator = Accelerator(**(arguments | configured))
     finally:
         os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
         if threads is None:
             del os.environ["OMP_NUM_THREADS"]
+    if kind == "xla":
+        xla.check(accelerator, bf16)
+    return accelerator
 
 
 def strategy_arguments(settings: Settings, kind: str, several: bool) -> dict[str, Any]:
@@ -147,9 +152,14 @@ def _plugin(name: str) -> Any:
 
 
 def kind_of(settings: Settings) -> str:
-    """The kind of device that "auto" or a name stands for here: "cpu", "cuda" or "mps"."""
+    """The kind of device that "auto" or a name stands for here: "cpu", "cuda", "mps" or "xla"."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    asked = {"gpu": "cuda"}.get(settings.accelerator, settings.accelerator)
+    asked = {"gpu": "cuda", "tpu": "xla"}.get(settings.accelerator, settings.accelerator)
+    if asked == "xla":
+        xla.require(settings.accelerator)
+        return asked
+    if asked == "auto" and xla.is_tpu():
+        return "xla"
     if asked == "auto":
         return next(kind for kind, found in there.items() if found)
     if not there[asked]:
@@ -189,6 +199,8 @@ class Process:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        if settings.accelerator in ("auto", "tpu", "xla") and kind_of(settings) == "xla":
+            xla.begin()  # before the caller's random state is looked at
         self._accelerate: list[Any] | None = None
 
     @contextmanager

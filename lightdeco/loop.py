@@ -411,7 +411,7 @@ def _evaluate_batch(s: Session, stage: str, batch: Any, batch_idx: int, index: i
     run.batch, run.batch_idx = batch, batch_idx
     beat(run.global_step, _EVENT[stage])
     seed = seeds.eval_seed(run.seed, index, batch_idx * run.world_size + run.rank)
-    with no_grad(s.settings.inference_mode):
+    with no_grad(s.settings.inference_mode, run.device):
         if s.transfer is not None:
             s.reseed(seed)
             run.batch = batch = s.transfer(batch, run.device, index)

@@ -1,19 +1,22 @@
 """Weighted means: values stay on the device and are read when they are recorded.
 
 From the CPU a value is read at once, since there is nothing to wait for; on another device it is copied into a buffer
-there, which costs one small kernel. Nothing waits for the device but `Means.window`, `Means.epoch` and
-`Means.first_bad`, which read all metrics at once; sums are made on the host, in float64.
+there, which costs one small kernel; on XLA, where each place in a buffer would be a program of its own, copies are kept
+one by one. Nothing waits for the device but `Means.window`, `Means.epoch` and `Means.first_bad`, which read all metrics
+at once; sums are made on the host, in float64.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
+from itertools import islice
 from operator import add, mul
 from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from . import xla
 from .errors import StepError, nearest
 from .steps import is_metric, is_scalar
 
@@ -66,8 +69,8 @@ class Series:
         self._device = device if waits(device) else None
         #: Leave values that are NaN or infinite out of the mean: their updates were skipped.
         self.finite_only = False
-        #: The values since the last read; those on a device that is waited for are in `buffers` instead.
-        self.values: list[float] = []
+        #: The values since the last read, copies on the device on XLA; those of another device are in `buffers`.
+        self.values: list[Any] = []
         #: Their weights, numbers or tensors of one element.
         self.weights: list[Any] = []
         self._slots: list[Tensor] = []
@@ -92,6 +95,9 @@ class Series:
 
     def _copy(self, value: Any, device: torch.device) -> None:
         """Copy a value into the buffer on the device."""
+        if device.type == "xla":
+            self.values.append(_copied(value) if isinstance(value, Tensor) else value)
+            return
         n = len(self.weights) % _CAPACITY
         if not self._slots:
             with torch.inference_mode(False):  # begun in inference mode, it could not be written outside of it
@@ -267,6 +273,12 @@ class Means:
     def settle(self) -> None:
         """Read everything that waits: the values of all metrics at once, and the weights that are tensors."""
         waiting = [series for series in self.series.values() if series.weights]
+        if self._device.type == "xla":
+            read_xla = iter(xla.numbers([v for s in waiting for v in (*s.values, *s.weights)]))
+            for s in waiting:
+                count = len(s.weights)
+                s.settle(list(islice(read_xla, count)), list(islice(read_xla, count)))
+            return
         buffers = [buffer for series in waiting for buffer in series.buffers()]
         rows = iter(torch.stack(buffers).tolist() if len(buffers) > 1 else [b.tolist() for b in buffers])
         tensors = [w.reshape(()).to(_dtype(w.device)) for s in waiting for w in s.weights if isinstance(w, Tensor)]

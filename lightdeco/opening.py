@@ -2,19 +2,19 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from . import group, launch, loggers, seeds
+from . import group, launch, loggers, seeds, xla
 from .branching import prepare_optimizers
 from .child import beat
 from .compiling import compile_forward
 from .current import active
-from .data import loaders, to_device
+from .data import loaders
+from .data.moving import mover
 from .data.sharing import Share
 from .errors import DataError, warn
 from .group import Kept
@@ -22,7 +22,7 @@ from .limits import expected
 from .loggers.masking import mask
 from .metrics import Means
 from .plan import Plan
-from .roles import STAGE_LOADER, TRANSFER, VERB_STAGE
+from .roles import BATCH_ENDS, STAGE_LOADER, TRANSFER, VERB_STAGE
 from .run import Run
 from .session import Session
 from .settings import Settings
@@ -116,9 +116,12 @@ def _set_up(s: Session, writes: bool, stack: ExitStack, resumed: "Resumed | None
         stack.callback(compile_forward(model, settings.compile))
     wrap(s)
     s.reseed = seeds.reseeder(run.device)
+    if run.device.type == "xla":
+        s.call |= {event: xla.synced(call[event]) for event in BATCH_ENDS}
     dtype = launch.TRUE.get(settings.precision)
+    move = mover(run.device, dtype)
     if dtype is not None or run.device.type != "cpu" or any(s.plan.all(role) for role in TRANSFER):
-        s.transfer = s.plan.transfer(run, run.progress.calls, partial(_move, dtype))
+        s.transfer = s.plan.transfer(run, run.progress.calls, move)
 
     for stage in _stages(s):
         load(s, stage)
@@ -140,7 +143,7 @@ def _set_up(s: Session, writes: bool, stack: ExitStack, resumed: "Resumed | None
         from . import profilers
         from .profiling import profile
 
-        stack.callback(profile(s, profilers.create(settings.profiler), partial(_move, dtype)))
+        stack.callback(profile(s, profilers.create(settings.profiler), move))
 
 
 def _open_directory(s: Session, stack: ExitStack, resumed: "Resumed | None") -> None:
@@ -226,7 +229,3 @@ def close_loaders(s: Session) -> None:
     for several in s.loaders.values():
         for loader in several:
             loader.close()
-
-
-def _move(dtype: torch.dtype | None, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-    return to_device(batch, device, non_blocking=True, dtype=dtype)

@@ -134,6 +134,9 @@ STAGE_LOADER: Final = {stage: f"{stage}_dataloader" for stage in STAGE_STEP}
 #: The way of a batch to the device: an event, the override, an event.
 TRANSFER: Final = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
+#: The events at the end of a batch.
+BATCH_ENDS: Final = tuple(f"on_{stage}_batch_end" for stage in ("train", "validation", "test", "predict"))
+
 #: What each verb cannot do without, and the stage of the data that it is named after.
 REQUIRED: Final[dict[str, tuple[str, ...]]] = {
     "fit": ("training_step", "configure_optimizers"),

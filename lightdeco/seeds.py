@@ -22,6 +22,8 @@ from typing import Any
 import numpy
 import torch
 
+from . import xla
+
 _MASK = 0xFFFF_FFFF_FFFF_FFFF
 _ORDER, _DATA, _STEP, _EVAL = 1, 2, 3, 4
 
@@ -107,6 +109,7 @@ def seed_everything(seed: int) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise SettingsError(f"seed is {seed!r}; allowed: an integer from 0 to 2**32 - 1")
     torch.manual_seed(seed)
+    xla.set_rng_state(seed)
     numpy.random.seed(seed)
     random.seed(seed)
     return seed
@@ -118,6 +121,8 @@ def random_state() -> dict[str, Any]:
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "numpy": [name, *rest], "random": random.getstate()}
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state_all()
+    if (of_xla := xla.rng_state()) is not None:
+        state["xla"] = of_xla
     return state
 
 
@@ -128,6 +133,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     random.setstate(state["random"])
     if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+    xla.set_rng_state(state.get("xla"))
 
 
 @contextmanager
@@ -152,18 +158,19 @@ def reseeder(device: torch.device) -> Callable[[int], object]:
             generator.manual_seed(seed)
 
         return both
-    return torch.manual_seed
+    return xla.reseeder() if device.type == "xla" else torch.manual_seed
 
 
 def repeater(device: torch.device) -> Callable[[], None]:
     """A function that puts torch's generators (the CPU's and the device's) back to where they are now. Waits."""
     state = torch.get_rng_state()
-    module = None if device.type == "cpu" else torch.get_device_module(device)
-    of_device = None if module is None else module.get_rng_state()
+    module = None if device.type in ("cpu", "xla") else torch.get_device_module(device)
+    of_device, of_xla = None if module is None else module.get_rng_state(), xla.rng_state()
 
     def again() -> None:
         torch.set_rng_state(state)
         if module is not None:
             module.set_rng_state(of_device)
+        xla.set_rng_state(of_xla)
 
     return again

@@ -127,8 +127,8 @@ class Session:
         return progress.batch // interval > progress.validated // interval and self.validates()
 
     def heard(self, event: str) -> Call | None:
-        """What to call for an event, or None where nobody listens."""
-        return self.call[event] if self.plan.all(event) else None
+        """What to call for an event, or None where nobody listens and nothing is launched with it."""
+        return self.call[event] if self.plan.all(event) or self.run.device.type == "xla" else None
 
     def seconds(self) -> float:
         """Time in training, that before an interruption included."""

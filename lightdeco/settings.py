@@ -26,7 +26,6 @@ from .settings_checks import (
 
 # Settings that have values whose effect is not built yet: what is available of them.
 UNAVAILABLE: dict[str, tuple[object, ...]] = {
-    "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
     "precision": ("32-true", "bf16-mixed", "bf16-true", "64-true"),
     "log_gradients": (False,),
 }

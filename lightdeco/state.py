@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 
-from . import ranks
+from . import ranks, xla
 from .callbacks.model_checkpoint import POLICY
 from .checkpoint import State, load_optimizer
 from .errors import CheckpointError, warn
@@ -34,6 +34,7 @@ def collect(s: Session, metrics: Mapping[str, Any] | None = None) -> State:
     from . import __version__
 
     run = s.run
+    xla.sync()  # or each tensor would be read by a program of its own
     run.progress.seconds = s.seconds()
     corners: dict[str, Any] = {}
     for key, hook in _named(s, "on_save_checkpoint"):

@@ -158,6 +158,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         restore_modes(modes)
 
 
-def no_grad(inference_mode: bool) -> AbstractContextManager[None]:
-    """The context of an evaluation step: `torch.inference_mode()`, or `torch.no_grad()` when that is switched off."""
-    return torch.inference_mode() if inference_mode else torch.no_grad()
+def no_grad(inference_mode: bool, device: torch.device) -> AbstractContextManager[None]:
+    """The context of an evaluation step: `torch.inference_mode()`, or `torch.no_grad()` when that is switched off.
+
+    On XLA it is `no_grad` too: most operations of torch_xla fail in inference mode.
+    """
+    return torch.inference_mode() if inference_mode and device.type != "xla" else torch.no_grad()

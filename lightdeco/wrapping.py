@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from . import launch
+from . import launch, xla
 from .ballot import SharedSteps
 from .errors import LaunchError, warn
 from .peers import Alone, Peers
@@ -34,7 +34,8 @@ def wrap(s: Session) -> None:
     if not shared:
         s.peers = Alone(run, s.signals)
         s.steps = Steps(model, calls)
-        s.wrapped = accelerator.prepare_model(s.steps, evaluation_mode=s.plan.verb != "fit")
+        with xla.same_parameters(model, run.device):
+            s.wrapped = accelerator.prepare_model(s.steps, evaluation_mode=s.plan.verb != "fit")
         # Where nothing wraps the steps, training calls its own without the way round.
         s.bare = s.wrapped is s.steps and "forward" not in vars(s.steps)
         return

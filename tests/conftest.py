@@ -1,5 +1,7 @@
 """What every test gets: a directory of its own to run in, one thread, and marks that know the machine."""
 
+import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,12 +10,18 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` on a machine without one."""
-    if torch.cuda.is_available():
-        return
+    """Skip what is marked `gpu` or `xla` where there is no such device."""
+    missing = {}
+    if not torch.cuda.is_available():
+        missing["gpu"] = "needs a CUDA device"
+    if os.environ.get("LIGHTDECO_TEST_ACCELERATOR") not in ("tpu", "xla"):
+        missing["xla"] = "needs LIGHTDECO_TEST_ACCELERATOR=tpu and torch_xla: scripts/test_xla.sh"
+    elif importlib.util.find_spec("torch_xla") is None:
+        raise pytest.UsageError("LIGHTDECO_TEST_ACCELERATOR asks for XLA, and torch_xla is not installed")
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        for mark, reason in missing.items():
+            if item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,5 +1,6 @@
 """Tiny models and data that several test files share."""
 
+import os
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ import lightdeco as ld
 
 #: Settings that keep a test quiet and its directory empty of logs.
 QUIET: dict[str, Any] = {"logger": False, "progress_bar": False, "summary": False}
+
+#: scripts/test_xla.sh and scripts/test_gpu.sh run tests of the core on another device than the CPU.
+if os.environ.get("LIGHTDECO_TEST_ACCELERATOR"):
+    QUIET["accelerator"] = os.environ["LIGHTDECO_TEST_ACCELERATOR"]
 
 
 def batches(count: int = 4, size: int = 8, features: int = 4) -> list[tuple[Tensor, Tensor]]:

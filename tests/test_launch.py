@@ -1,5 +1,6 @@
 """Launching: a run's directory, what is put back after a verb, and who is rank zero."""
 
+import importlib.util
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -325,3 +326,20 @@ def test_rank_zero_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert double(2) is None
     assert (double.__name__, double.__doc__) == ("double", "Twice.")
+
+
+# ---- the kind of device ----------------------------------------------------------------------------------------------
+
+
+def test_without_torch_xla_a_tpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything runs, with what to install, or with the variable that rules it out; "auto" goes on without."""
+    monkeypatch.setenv("USE_TORCH_XLA", "0")
+    with pytest.raises(ld.LaunchError, match="USE_TORCH_XLA=0 rules XLA out"):
+        fit(Net(), accelerator="tpu")
+    monkeypatch.delenv("USE_TORCH_XLA")
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "torch_xla" else real(name))
+    with pytest.raises(ld.LaunchError, match=r"accelerator='xla' needs torch_xla.*pip install 'torch_xla\[tpu\]'"):
+        fit(Net(), accelerator="xla")
+    assert fit(Net(), accelerator="auto").device.type != "xla"
+    assert not list(Path("runs").glob("*/version_1"))

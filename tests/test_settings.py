@@ -392,8 +392,6 @@ def test_shown_values_are_short() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "available"),
     [
-        ("accelerator", "tpu", "'auto', 'cpu', 'gpu', 'cuda', 'mps'"),
-        ("accelerator", "xla", "'auto', 'cpu', 'gpu', 'cuda', 'mps'"),
         ("precision", "16-mixed", "'32-true', 'bf16-mixed', 'bf16-true', '64-true'"),
         ("log_gradients", True, "False"),
     ],

@@ -35,11 +35,11 @@ class Pair(nn.Module):
         self.lr = lr
 
     def disc_loss(self, batch: Tensor) -> Tensor:
-        fake = self.gen(torch.randn(len(batch), 3))
+        fake = self.gen(torch.randn(len(batch), 3, device=batch.device))
         return F.softplus(-self.disc(batch)).mean() + F.softplus(self.disc(fake)).mean()
 
     def gen_loss(self, batch: Tensor) -> Tensor:
-        return F.softplus(-self.disc(self.gen(torch.randn(len(batch), 3)))).mean()
+        return F.softplus(-self.disc(self.gen(torch.randn(len(batch), 3, device=batch.device)))).mean()
 
     @ld.training_step(optimizer="disc", every=2)
     def train_disc(self, batch: Tensor) -> Any:

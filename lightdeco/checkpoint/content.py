@@ -92,7 +92,7 @@ def snapshot(state: State) -> Snapshot:
         value = tensors.plain(tensor)
         # Tied weights are copied once. The tensors are alive as long as the state is, so no address is used again.
         place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
-        if place not in copies or not value.numel():
+        if place not in copies or not value.numel() or not place[1]:  # on XLA no tensor has an address
             copies[place] = value.to("cpu", copy=True).contiguous()
         return copies[place]
 
