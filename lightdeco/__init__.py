@@ -153,6 +153,7 @@ if _TYPE_CHECKING:
         ModelCheckpoint,
         ModelSummary,
         ProgressBar,
+        SpikeDetection,
         ThroughputMonitor,
         Timer,
     )
@@ -179,6 +180,7 @@ _LAZY = {
     "ModelCheckpoint": ".callbacks",
     "ModelSummary": ".callbacks",
     "ProgressBar": ".callbacks",
+    "SpikeDetection": ".callbacks",
     "ThroughputMonitor": ".callbacks",
     "Timer": ".callbacks",
     "find_batch_size": ".tune",
@@ -211,6 +213,7 @@ __all__ = [
     "Run",
     "Settings",
     "SettingsError",
+    "SpikeDetection",
     "StepError",
     "ThroughputMonitor",
     "Timer",

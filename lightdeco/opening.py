@@ -135,6 +135,7 @@ def _set_up(s: Session, writes: bool, stack: ExitStack, resumed: "Resumed | None
 def _open_directory(s: Session, stack: ExitStack, resumed: "Resumed | None") -> None:
     from . import resuming
     from .directory import CHECKPOINTS, locked, make_directory
+    from .provenance import provenance
     from .saving import Saver
     from .state import LOGGERS
 
@@ -148,10 +149,12 @@ def _open_directory(s: Session, stack: ExitStack, resumed: "Resumed | None") -> 
     kept = resumed.state.extra.get(LOGGERS, {}) if resumed is not None and resumed.state is not None else {}
     run.open(directory, loggers.Loggers(loggers.create(settings.logger, directory, kept)))
     run.loggers.watch(s.plan.model)
+    s.provenance = provenance(settings, run.seed)
     if policy is not None:
         s.saver = Saver(s, policy, directory / CHECKPOINTS)
     if resumed is not None:
         resuming.go_on(s, resumed)
+    run.loggers.log_provenance(s.provenance)
     run.loggers.log_hparams(run.hparams)
 
 

@@ -99,6 +99,10 @@ def _callbacks(settings: Settings, verb: str) -> list[object]:
 
     found = _as_list(settings.callbacks)
     given = {type(callback) for callback in found}
+    if settings.log_gradients and verb == "fit":
+        from .callbacks.gradient_norms import GradientNorms
+
+        found.append(GradientNorms())
     if settings.summary and verb == "fit" and ModelSummary not in given:
         found.append(ModelSummary(depth=1 if settings.summary is True else settings.summary))
     if settings.progress_bar and ProgressBar not in given:

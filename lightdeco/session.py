@@ -86,6 +86,8 @@ class Session:
     saver: Saving | None = None
     """Writes checkpoints; None where none are wanted."""
     signals: Signals = field(default_factory=Signals)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """What the run was made with, for loggers and checkpoints; empty where nothing is written."""
     counted: int = -1
     """The `micro_batch` that was counted in `global_step` last."""
     first_micro_batch: int | None = None

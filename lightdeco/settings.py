@@ -35,7 +35,6 @@ UNAVAILABLE: dict[str, tuple[object, ...]] = {
     "use_distributed_sampler": (True,),
     "process_timeout": (None,),
     "oom": ("raise",),
-    "log_gradients": (False,),
 }
 
 
@@ -142,7 +141,7 @@ class Settings:
     hparams: Mapping[str, Any] | None = None
     """Hyperparameters to record, with string keys."""
     log_gradients: bool = False
-    """Record histograms of the gradients."""
+    """Record the norms of the gradients, of all and of each module."""
     seed: int | None = None
     """Seed of all that is random in the run, 0 to 2**32 - 1."""
     callbacks: object | Sequence[object] | None = None

@@ -404,7 +404,6 @@ def test_shown_values_are_short() -> None:
         ("use_distributed_sampler", False, "True"),
         ("process_timeout", 5, "None"),
         ("oom", "micro", "'raise'"),
-        ("log_gradients", True, "False"),
     ],
 )
 def test_not_available_yet(name: str, value: object, available: str) -> None:

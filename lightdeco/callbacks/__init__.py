@@ -10,6 +10,7 @@ if _TYPE_CHECKING:
     from .model_checkpoint import ModelCheckpoint
     from .model_summary import ModelSummary
     from .progress_bar import ProgressBar
+    from .spike_detection import SpikeDetection
     from .throughput_monitor import ThroughputMonitor
     from .timer import Timer
 
@@ -21,6 +22,7 @@ _MODULES = {
     "ModelCheckpoint": "model_checkpoint",
     "ModelSummary": "model_summary",
     "ProgressBar": "progress_bar",
+    "SpikeDetection": "spike_detection",
     "ThroughputMonitor": "throughput_monitor",
     "Timer": "timer",
 }
@@ -33,6 +35,7 @@ __all__ = [
     "ModelCheckpoint",
     "ModelSummary",
     "ProgressBar",
+    "SpikeDetection",
     "ThroughputMonitor",
     "Timer",
 ]
