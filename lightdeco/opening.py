@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import launch, loggers, seeds
+from . import ending, launch, loggers, seeds
 from .branching import prepare_optimizers
 from .compiling import compile_forward
 from .current import active
@@ -51,7 +51,7 @@ def opened(
         call = plan.bind(run, run.progress.calls)
         session = Session(plan, settings, given, run, call, process)
         stack = ExitStack()
-    status = "failed"
+    status, failure = "failed", None
     try:
         with process.entered(), active(run):
             _set_up(session, writes, stack, resumed)
@@ -60,7 +60,7 @@ def opened(
         status = "finished"
     except BaseException as error:
         interrupted = isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
-        status = "interrupted" if interrupted else "failed"
+        status, failure = "interrupted" if interrupted else "failed", error
         if not isinstance(error, GeneratorExit):
             with process.entered(), active(run):
                 try:
@@ -71,6 +71,8 @@ def opened(
         raise
     finally:
         with process.entered(), active(run):
+            ending.write(run, status, failure)  # while the directory is locked
+            failure = None  # its traceback holds this frame
             stack.close()
             run.close(status)
 
@@ -145,6 +147,7 @@ def _open_directory(s: Session, stack: ExitStack, resumed: "Resumed | None") -> 
     if directory is None:  # made last: what was refused before leaves nothing behind
         directory = make_directory(settings, type(s.plan.model).__name__)
         stack.enter_context(locked(directory))
+    ending.begin(directory)
     run.hparams = mask(_hparams(s.plan.model) | dict(settings.hparams or {}))
     kept = resumed.state.extra.get(LOGGERS, {}) if resumed is not None and resumed.state is not None else {}
     run.open(directory, loggers.Loggers(loggers.create(settings.logger, directory, kept)))
