@@ -153,6 +153,7 @@ if _typing.TYPE_CHECKING:  # not under another name: checkers know it by this on
         ModelCheckpoint,
         ModelSummary,
         ProgressBar,
+        SpikeDetection,
         ThroughputMonitor,
         Timer,
     )
@@ -179,6 +180,7 @@ else:  # or a misspelt name would be no error
         "ModelCheckpoint": ".callbacks",
         "ModelSummary": ".callbacks",
         "ProgressBar": ".callbacks",
+        "SpikeDetection": ".callbacks",
         "ThroughputMonitor": ".callbacks",
         "Timer": ".callbacks",
         "find_batch_size": ".tuning",
@@ -214,6 +216,7 @@ __all__ = [
     "Run",
     "Settings",
     "SettingsError",
+    "SpikeDetection",
     "StepError",
     "ThroughputMonitor",
     "Timer",

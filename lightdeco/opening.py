@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import group, launch, loggers, seeds, xla
+from . import ending, group, launch, loggers, seeds, xla
 from .branching import prepare_optimizers
 from .child import beat
 from .compiling import compile_forward
@@ -68,13 +68,13 @@ def opened(
 def _ended(s: Session) -> Iterator[None]:
     """End the run, whatever happens."""
     run, process = s.run, s.process
-    status = "failed"
+    status, failure = "failed", None
     try:
         yield
         status = "finished"
     except BaseException as error:
         interrupted = isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
-        status = "interrupted" if interrupted else "failed"
+        status, failure = "interrupted" if interrupted else "failed", error
         if not isinstance(error, GeneratorExit):
             with process.entered(), active(run):
                 try:
@@ -85,6 +85,8 @@ def _ended(s: Session) -> Iterator[None]:
         raise
     finally:
         with process.entered(), active(run):
+            ending.write(run, status, failure)  # while the directory is locked
+            failure = None  # its traceback holds this frame
             s.stack.close()
             run.close(status)
 
@@ -150,6 +152,7 @@ def _open_directory(s: Session, stack: ExitStack, resumed: "Resumed | None") -> 
     from . import resuming
     from .checkpoint.content import CHECKPOINTS
     from .directory import make_directory
+    from .provenance import provenance
     from .saving import Saver
     from .state import LOGGERS
 
@@ -159,16 +162,20 @@ def _open_directory(s: Session, stack: ExitStack, resumed: "Resumed | None") -> 
     if directory is None:  # made last: what was refused before leaves nothing behind
         directory = s.group.first(lambda: make_directory(settings, type(s.plan.model).__name__))
         _lock(s, directory)
+    if run.is_main:
+        ending.begin(directory)
     run.hparams = mask(_hparams(s.plan.model) | dict(settings.hparams or {}))
     kept = resumed.state.extra.get(LOGGERS, {}) if resumed is not None and resumed.state is not None else {}
     where = directory
     created = s.group.first(lambda: Kept(loggers.create(settings.logger, where, kept)))
     run.open(directory, loggers.Loggers(created.thing or {}))
     run.loggers.watch(s.plan.model)
+    s.provenance = provenance(settings, run.seed)
     if policy is not None:
         s.saver = Saver(s, policy, directory / CHECKPOINTS)
     if resumed is not None:
         resuming.go_on(s, resumed)
+    run.loggers.log_provenance(s.provenance)
     run.loggers.log_hparams(run.hparams)
 
 

@@ -96,6 +96,10 @@ def _callbacks(settings: Settings, verb: str) -> list[object]:
     """The user's callbacks, then those that the settings ask for and the user did not give."""
     found = _as_list(settings.callbacks)
     given = {type(callback) for callback in found}
+    if settings.log_gradients and verb == "fit":
+        from .callbacks.gradient_norms import GradientNorms
+
+        found.append(GradientNorms())
     if settings.summary and verb == "fit":
         from .callbacks.model_summary import ModelSummary
 

@@ -97,6 +97,8 @@ class Session:
     signals: Signals = field(default_factory=Signals)
     peers: Alone = field(init=False)
     """The other processes of the run, or nobody."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """What the run was made with, for loggers and checkpoints; empty where nothing is written."""
     counted: int = -1
     """The `micro_batch` that was counted in `global_step` last."""
     first_micro_batch: int | None = None

@@ -27,7 +27,6 @@ from .settings_checks import (
 # Settings that have values whose effect is not built yet: what is available of them.
 UNAVAILABLE: dict[str, tuple[object, ...]] = {
     "precision": ("32-true", "bf16-mixed", "bf16-true", "64-true"),
-    "log_gradients": (False,),
 }
 
 
@@ -134,7 +133,7 @@ class Settings:
     hparams: Mapping[str, Any] | None = None
     """Hyperparameters to record, with string keys."""
     log_gradients: bool = False
-    """Record histograms of the gradients."""
+    """Record the norms of the gradients, of all and of each module."""
     seed: int | None = None
     """Seed of all that is random in the run, 0 to 2**32 - 1."""
     callbacks: object | Sequence[object] | None = None

@@ -1,21 +1,15 @@
 """What a checkpoint holds of a run: `collect` reads it from a session, `restore` puts it back."""
 
-import os
-import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from datetime import timedelta
 from itertools import zip_longest
 from time import monotonic
 from typing import Any, Final
-
-import torch
 
 from . import ranks, xla
 from .callbacks.model_checkpoint import POLICY
 from .checkpoint import State, load_optimizer
 from .errors import CheckpointError, warn
-from .loggers.masking import mask
 from .plan import Hook
 from .seeds import random_state, set_random_state
 from .session import Session
@@ -31,8 +25,6 @@ def collect(s: Session, metrics: Mapping[str, Any] | None = None) -> State:
 
     `metrics`: what `collect_metrics` gave, where that was taken away meanwhile.
     """
-    from . import __version__
-
     run = s.run
     xla.sync()  # or each tensor would be read by a program of its own
     run.progress.seconds = s.seconds()
@@ -49,9 +41,9 @@ def collect(s: Session, metrics: Mapping[str, Any] | None = None) -> State:
         metrics={"latest": run.metrics} | _without_unkept(s, metrics or collect_metrics(s)),
         random=random_state(),
         hparams=run.hparams,
-        settings=_settings(s),
+        settings=s.provenance["settings"],
         extra=corners | {LOGGERS: run.loggers.state_dict(), OPTIMIZERS: _kinds(s)},
-        versions={"lightdeco": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
+        versions=s.provenance["environment"],
     )
     ranks.gather(state, s.group)
     return state
@@ -145,23 +137,6 @@ def _with_state(s: Session) -> Iterator[tuple[str, Any]]:
 
 def _has_state(thing: object) -> bool:
     return callable(getattr(thing, "state_dict", None)) and callable(getattr(thing, "load_state_dict", None))
-
-
-def _settings(s: Session) -> dict[str, Any]:
-    """The settings as plain values, for people; nothing reads them back."""
-    found = {name: getattr(s.settings, name) for name in vars(s.settings) if name not in ("callbacks", "hparams")}
-    return mask({name: _plain(value) for name, value in found.items()})
-
-
-def _plain(value: object) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, (os.PathLike, timedelta)):
-        return str(value)
-    # Of an object its class: what it was made with may be secret.
-    return value if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
 
 
 # ---- optimizers ------------------------------------------------------------------------------------------------------

@@ -393,7 +393,6 @@ def test_shown_values_are_short() -> None:
     ("name", "value", "available"),
     [
         ("precision", "16-mixed", "'32-true', 'bf16-mixed', 'bf16-true', '64-true'"),
-        ("log_gradients", True, "False"),
     ],
 )
 def test_not_available_yet(name: str, value: object, available: str) -> None:

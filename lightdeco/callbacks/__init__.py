@@ -10,6 +10,7 @@ if _typing.TYPE_CHECKING:  # not under another name: checkers know it by this on
     from .model_checkpoint import ModelCheckpoint
     from .model_summary import ModelSummary
     from .progress_bar import ProgressBar
+    from .spike_detection import SpikeDetection
     from .throughput_monitor import ThroughputMonitor
     from .timer import Timer
 else:  # or a misspelt name would be no error
@@ -23,6 +24,7 @@ else:  # or a misspelt name would be no error
         "ModelCheckpoint": ".model_checkpoint",
         "ModelSummary": ".model_summary",
         "ProgressBar": ".progress_bar",
+        "SpikeDetection": ".spike_detection",
         "ThroughputMonitor": ".throughput_monitor",
         "Timer": ".timer",
     }
@@ -36,6 +38,7 @@ __all__ = [
     "ModelCheckpoint",
     "ModelSummary",
     "ProgressBar",
+    "SpikeDetection",
     "ThroughputMonitor",
     "Timer",
 ]

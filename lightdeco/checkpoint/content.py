@@ -54,6 +54,7 @@ class State:
     extra: dict[str, Any] = field(default_factory=dict)
     """The authors' own corners, filled in `on_save_checkpoint`."""
     versions: dict[str, Any] = field(default_factory=dict)
+    """Versions, and platform, command and commit: for people, as settings are."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,8 +48,10 @@ def _one(path: Path) -> tuple[str, bool]:
     for label, key in (("step", "global_step"), ("epoch", "epoch"), ("written", "written")):
         if key in facts:
             lines.append(f"  {label}: {facts[key]}")
-    versions = {"lightdeco": facts.get("lightdeco"), "torch": facts.get("torch"), **state.versions}
-    lines.append("  versions: " + ", ".join(f"{name} {value}" for name, value in versions.items()))
+    made_with = {"lightdeco": facts.get("lightdeco"), "torch": facts.get("torch"), **state.versions}
+    others = {name: made_with.pop(name, None) for name in ("platform", "command", "git_commit")}
+    lines.append("  versions: " + ", ".join(f"{name} {value}" for name, value in made_with.items() if value))
+    lines += [f"  {name.replace('_', ' ')}: {value}" for name, value in others.items() if value]
     latest = state.metrics.get("latest", state.metrics)  # beside them: what the epoch has counted so far
     for name, values in (("metrics", latest), ("hparams", state.hparams)):
         if values:

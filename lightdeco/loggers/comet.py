@@ -88,6 +88,10 @@ class Comet:
             config = comet.ExperimentConfig(**options)
             self._experiment = comet.start(experiment_key=self.experiment_key, experiment_config=config, **self._start)
 
+    def log_provenance(self, provenance: Mapping[str, object]) -> None:
+        """Log what the run was made with as others, such as `settings.max_epochs` and `environment.git_commit`."""
+        self.native.log_others(values.flat(provenance))
+
     def log_hparams(self, hparams: Mapping[str, object]) -> None:
         """Log hyperparameters; nested ones are named `outer.inner`."""
         self.native.log_parameters(values.flat(hparams))

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from lightdeco.errors import LoggerError
 
 from .lines import Lines
+from .metrics_file import encode
 
 
 class CSV:
@@ -16,7 +18,8 @@ class CSV:
 
     A new metric adds a column: the table is written anew beside the old one and replaces it, so that a reader always
     finds a whole table. Each row is handed to the system when `log_metrics` returns. A cell of a metric that a record
-    does not have is empty. A table that exists already is continued.
+    does not have is empty. A table that exists already is continued. Hyperparameters, and what the run was made with,
+    are in `hparams.json` beside it.
 
     Args:
         directory: where the file is written; None is the run's directory.
@@ -26,6 +29,7 @@ class CSV:
         self.directory = None if directory is None else Path(directory)
         self.path: Path | None = None
         self._columns = ["step"]
+        self._provenance: dict[str, object] = {}
         self._lines: Lines | None = None
 
     def open(self, directory: Path) -> None:
@@ -42,6 +46,18 @@ class CSV:
         if columns[0] != "step":
             raise LoggerError(f"{str(self.path)!r} is no table of this logger; move it or give CSV another directory")
         self._replace(columns, rows)
+
+    def log_provenance(self, provenance: Mapping[str, object]) -> None:
+        """Keep what the run was made with for the file of `log_hparams`."""
+        self._provenance = dict(provenance)
+
+    def log_hparams(self, hparams: Mapping[str, object]) -> None:
+        """Write `hparams.json`: the hyperparameters as "hparams", and beside them what the run was made with."""
+        path = self._opened().path.with_name("hparams.json")
+        sibling = path.with_name(f"{path.name}.new")
+        text = json.dumps(_strict({"hparams": hparams, **self._provenance}), indent=1, ensure_ascii=False)
+        sibling.write_text(f"{text}\n", encoding="utf-8")
+        os.replace(sibling, path)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Append one row."""
@@ -80,6 +96,15 @@ class CSV:
         os.replace(sibling, self.path)
         self._columns = columns
         self._lines = Lines(self.path)
+
+
+def _strict(value: object) -> object:
+    """A plain value as strict JSON has it: NaN and infinities as texts, as in metrics.jsonl."""
+    if isinstance(value, Mapping):
+        return {key: _strict(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_strict(each) for each in value]
+    return encode(value)
 
 
 def _text(columns: list[str], rows: Sequence[Mapping[str, object]]) -> bytes:

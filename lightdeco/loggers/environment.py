@@ -23,7 +23,7 @@ def environment() -> dict[str, object]:
     >>> sorted(environment())
     ['accelerate', 'command', 'git_commit', 'lightdeco', 'numpy', 'platform', 'python', 'torch']
     """
-    found: dict[str, object] = {"python": platform.python_version(), "torch": torch.__version__}
+    found: dict[str, object] = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in _PACKAGES:
         found[package] = _version(package)
     found["platform"] = f"{platform.system()}-{platform.release()}-{platform.machine()}"

@@ -58,7 +58,7 @@ class MetricsFile:
         try:
             line = _JSON.encode(dict(record))  # finite numbers and texts, nearly always
         except (TypeError, ValueError):
-            line = _JSON.encode({key: _encode(value) for key, value in record.items()})
+            line = _JSON.encode({key: encode(value) for key, value in record.items()})
         try:
             self._lines.append(line.encode() + b"\n")
         except (OSError, ValueError) as error:  # ValueError: the file is closed
@@ -99,7 +99,8 @@ def read(path: str | Path) -> list[dict[str, object]]:
     return records
 
 
-def _encode(value: object) -> object:
+def encode(value: object) -> object:
+    """A text, number, bool or None as strict JSON has it; a tensor of one element as a number, NaN as a text."""
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, int):

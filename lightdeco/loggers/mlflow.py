@@ -10,7 +10,7 @@ from . import values, vendor
 
 _STATUS: Final = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 # What one request may hold.
-_MAX_PARAMS, _MAX_METRICS, _MAX_TEXT = 100, 1000, 6000
+_MAX_PARAMS, _MAX_TAGS, _MAX_METRICS, _MAX_TEXT = 100, 100, 1000, 6000
 
 
 class MLflow:
@@ -74,6 +74,15 @@ class MLflow:
                 name = self.run_name or "/".join(directory.absolute().parts[-2:])
                 self._id = client.create_run(self._experiment(client), tags=self.tags, run_name=name).info.run_id
         self._client = client
+
+    def log_provenance(self, provenance: Mapping[str, object]) -> None:
+        """Make what the run was made with tags: a resumed run may change them, which no param may."""
+        made, flat = vendor.load("mlflow.entities").RunTag, values.flat(provenance)
+        commit = flat.get("environment.git_commit")
+        named = {"mlflow.source.git.commit": commit} if commit and commit != "None" else {}  # shown as the version
+        found = [made(key, str(value)[:_MAX_TEXT]) for key, value in {**flat, **named}.items()]
+        for start in range(0, len(found), _MAX_TAGS):
+            self.native.log_batch(self._id, tags=found[start : start + _MAX_TAGS])
 
     def log_hparams(self, hparams: Mapping[str, object]) -> None:
         """Log hyperparameters as params; nested ones are named `outer.inner`, long texts are cut."""

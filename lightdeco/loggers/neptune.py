@@ -104,6 +104,10 @@ class Neptune:
         with vendor.variable("NEPTUNE_DATA_DIRECTORY", str(folder)), vendor.beginning():
             self._run = neptune.init_run(mode=mode, api_token=token, custom_run_id=self._id, **options)
 
+    def log_provenance(self, provenance: Mapping[str, object]) -> None:
+        """Log what the run was made with below `lightdeco`."""
+        self.native["lightdeco"] = vendor.load("neptune.utils").stringify_unsupported(dict(provenance))
+
     def log_hparams(self, hparams: Mapping[str, object]) -> None:
         """Log hyperparameters below `parameters`."""
 

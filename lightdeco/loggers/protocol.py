@@ -14,7 +14,9 @@ class Logger(Protocol):
     - `state_dict() -> dict[str, object]`: plain values that a checkpoint keeps, such as the id of the vendor's run;
     - `cut(step: int)`: when a run is resumed: what was logged after `step` is void;
     - `rewind(records)`: then, the records (step, metrics) that stay, for a logger that writes its file anew;
-    - `log_hparams(hparams: Mapping[str, object])`: plain values, secrets masked;
+    - `log_provenance(provenance: Mapping[str, object])`: what the run was made with: "seed", "settings" and
+      "environment" (versions, platform, command, git_commit), as plain values, secrets masked;
+    - `log_hparams(hparams: Mapping[str, object])`: after it; plain values, secrets masked;
     - `log_image`, `log_figure`, `log_histogram`, `log_text`, `log_table`, each `(name: str, value: Any, step: int)`:
       images and drawn figures as uint8 arrays (height, width, 1, 3 or 4 channels), histograms as arrays, texts as str,
       tables as dicts of columns;

@@ -17,7 +17,7 @@ from .protocol import Logger
 from .worker import Worker
 
 _SHOWS: Final = ("log_image", "log_figure", "log_histogram", "log_text", "log_table")
-_METHODS: Final = ("cut", "rewind", "log_hparams", "log_metrics", *_SHOWS, "log_artifact", "close")
+_METHODS: Final = ("cut", "rewind", "log_provenance", "log_hparams", "log_metrics", *_SHOWS, "log_artifact", "close")
 _CLOSE_TIMEOUT: Final = 10.0
 
 
@@ -76,6 +76,11 @@ class Loggers(Mapping[str, Logger]):
     def rewind(self, records: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         """What stays of the records, (step, metrics) each, when a run is resumed; called after `cut`."""
         self._call("rewind", records)
+
+    def log_provenance(self, provenance: Mapping[str, object]) -> None:
+        """Record what the run was made with (see `lightdeco.provenance`), secrets masked; before `log_hparams`."""
+        if self._loggers:
+            self._call("log_provenance", mask(provenance))
 
     def log_hparams(self, hparams: Mapping[str, object]) -> None:
         """Record hyperparameters as plain values, secrets masked."""

@@ -98,6 +98,11 @@ class TensorBoard:
         for event in (proto.Event(file_version="brain.Event:2"), proto.Event(session_log=start)):
             self._file().add_event(event, step + 1)
 
+    def log_provenance(self, provenance: Mapping[str, object]) -> None:
+        """Write what the run was made with as the text `provenance`, a table of names and values."""
+        flat = values.flat(provenance)
+        self.log_table("provenance", {"name": list(flat), "value": list(flat.values())}, 0)
+
     def log_hparams(self, hparams: Mapping[str, object]) -> None:
         """Write hyperparameters; nested ones are named `outer.inner`.
 

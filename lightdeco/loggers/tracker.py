@@ -51,6 +51,7 @@ class Tracker:
         self.name, self.run_name, self.close_timeout, self.options = name, run_name, close_timeout, options
         self.closes_on_training_thread = name == "swanlab"  # it sets a signal's handler back
         self._tracker: Any = None
+        self._provenance: dict[str, object] = {}
 
     @property
     def native(self) -> Any:
@@ -88,9 +89,13 @@ class Tracker:
         with vendor.beginning():
             self._call("start")
 
+    def log_provenance(self, provenance: Mapping[str, object]) -> None:
+        """Keep what the run was made with for `log_hparams`: a tracker takes its configuration once."""
+        self._provenance = dict(provenance)
+
     def log_hparams(self, hparams: Mapping[str, object]) -> None:
-        """Record hyperparameters; nested ones are named `outer.inner`."""
-        self._call("store_init_configuration", values.flat(hparams))
+        """Record hyperparameters, and what the run was made with below `lightdeco`; nested names have dots."""
+        self._call("store_init_configuration", values.flat({**hparams, "lightdeco": self._provenance}))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Record numbers."""

@@ -120,6 +120,10 @@ class WandB:
                     untyped: Any = parameter
                     self._hooks.append(untyped.register_post_accumulate_grad_hook(partial(self._seen, name)))
 
+    def log_provenance(self, provenance: Mapping[str, object]) -> None:
+        """Put what the run was made with below `lightdeco` of the run's config."""
+        self.native.config.update({"lightdeco": dict(provenance)}, allow_val_change=True)
+
     def log_hparams(self, hparams: Mapping[str, object]) -> None:
         """Make hyperparameters the run's config."""
         self.native.config.update(dict(hparams), allow_val_change=True)

@@ -16,7 +16,8 @@ h2 { font-size: 17px; margin: 32px 0 10px; }
 h3 { font-size: 14px; margin: 0 0 6px; overflow-wrap: anywhere; }
 p { margin: 0 0 6px; }
 .soft { color: var(--soft); font-size: 13px; overflow-wrap: anywhere; }
-.finished { color: var(--good); } .killed { color: var(--bad); } .running { color: var(--accent); }
+.finished { color: var(--good); } .killed, .failed, .interrupted { color: var(--bad); white-space: pre-wrap;
+  overflow-wrap: anywhere; } .running { color: var(--accent); }
 .tiles, .panels { display: grid; gap: 12px; }
 .tiles { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); margin-top: 16px; }
 .panels { grid-template-columns: repeat(auto-fill, minmax(min(100%, 460px), 1fr)); }

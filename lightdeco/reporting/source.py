@@ -3,11 +3,11 @@
 import os
 import socket
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from lightdeco import ending
 from lightdeco.callbacks.model_checkpoint import POLICY
 from lightdeco.checkpoint import State
 from lightdeco.checkpoint.content import CHECKPOINTS, JSON, MODEL, OTHERS
@@ -58,7 +58,7 @@ class Facts:
     directory: Path | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     state: str = "unknown"
-    """"finished", "running", "killed" or "unknown"."""
+    """"finished", "failed", "interrupted", "running", "killed" or "unknown"."""
     ending: str = ""
     """How it ended, in words."""
     hparams: dict[str, Any] = field(default_factory=dict)
@@ -96,7 +96,7 @@ def facts(source: RunOrDir) -> Facts:
     found = Facts("/".join(directory.resolve().parts[-2:]), directory)
     found.history = metrics_file.read(directory / METRICS)
     _read_directory(found, directory)
-    found.state, found.ending = _ending_on_disk(found, directory)
+    found.state, found.ending = _ending_on_disk(directory)
     return found
 
 
@@ -116,10 +116,13 @@ def _of_run(run: Run) -> Facts:
     found.progress = {"epoch": run.epoch, "global_step": run.global_step, "seed": run.seed}
     found.model = [_cells(row) for row in summarize(run.model, 2)]
     found.totals = totals_lines(total(run.model))[0]
-    if run.stop_reason is not None:
-        found.state, found.ending = "finished", _in_words(run.stop_reason)
+    told = None if directory is None else ending.read(directory)
+    if told is not None:
+        found.state, found.ending = _told(told)
     elif run.accelerator is not None:
         found.state, found.ending = "running", "still running when this page was written"
+    elif run.stop_reason is not None:
+        found.state, found.ending = "finished", _in_words(run.stop_reason)
     else:
         found.ending = "ended without a reason to stop: an error, or an interruption"
     return found
@@ -215,25 +218,33 @@ def _in_words(reason: str) -> str:
     return "stopped: run.should_stop was set" if reason == "should_stop" else f"stopped: {reason}"
 
 
-def _ending_on_disk(found: Facts, directory: Path) -> tuple[str, str]:
-    """The state and the ending, as far as files tell: the lock is there while a run goes on, or after it was killed."""
-    owner = ""
-    with suppress(OSError):
+def _ending_on_disk(directory: Path) -> tuple[str, str]:
+    """The state and the ending as files tell: `end.json` of a run that has ended, the lock of one that has not."""
+    told = ending.read(directory)
+    if told is not None:
+        return _told(told)
+    try:
         owner = (directory / LOCK).read_text(encoding="utf-8", errors="replace")[:200].strip()
-    if owner or (directory / LOCK).exists():
-        alive = _is_alive(owner)
-        if alive is None:
-            return "unknown", f"in use by {owner or 'another process'}, or killed: its lock is still there"
-        return ("running", f"still running: {owner}") if alive else ("killed", f"killed: {owner} is no more")
-    progress = found.progress
-    reason = progress.get("finished") or progress.get("stop_reason")
-    for name, counter in (("max_epochs", "epoch"), ("max_steps", "global_step")):
-        limit, count = found.settings.get(name), progress.get(counter)
-        if reason is None and isinstance(limit, int) and isinstance(count, int) and count >= limit:
-            reason = name
-    if isinstance(reason, str):
-        return "finished", _in_words(reason)
-    return "unknown", "ended; its files do not say why"
+    except OSError:
+        return "unknown", f"running or killed: there is no {ending.NAME}"
+    alive = _is_alive(owner)
+    if alive is None:
+        return "unknown", f"running or killed: there is no {ending.NAME}; in use by {owner or 'another process'}"
+    return ("running", f"still running: {owner}") if alive else ("killed", f"killed: {owner} is no more")
+
+
+def _told(end: Mapping[str, Any]) -> tuple[str, str]:
+    """The state and the ending as `end.json` has them."""
+    status, error = str(end.get("status")), end.get("error")
+    if status == "finished":
+        reason = end.get("stop_reason")
+        return status, _in_words(reason) if isinstance(reason, str) else status
+    words = status
+    if isinstance(error, dict):
+        message = str(error.get("message") or "").strip()
+        words += f": {error.get('class')}" + (f": {message}" if message else "")
+    where = f"at step {end.get('step')}, in epoch {end.get('epoch')}"
+    return status if status in ("failed", "interrupted") else "unknown", f"{words} ({where})"
 
 
 def _is_alive(owner: str) -> bool | None:

@@ -24,6 +24,7 @@ NAMES = [
     "ModelCheckpoint",
     "ModelSummary",
     "ProgressBar",
+    "SpikeDetection",
     "ThroughputMonitor",
     "Timer",
     "load_weights",
