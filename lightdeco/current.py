@@ -12,9 +12,9 @@ from . import marks
 from .branch import Toggle
 from .errors import LightdecoError, SettingsError, nearest
 from .loggers.values import check, check_file
-from .metrics import Reduce
 from .optim import Optim, clip
 from .run import Run
+from .scalars import Reduce
 
 F = TypeVar("F", bound=Callable[..., object])
 

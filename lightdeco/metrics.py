@@ -7,20 +7,19 @@ at once; sums are made on the host, in float64.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import reduce
 from itertools import islice
 from operator import add, mul
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
 from . import xla
-from .errors import StepError, nearest
+from .errors import StepError
+from .scalars import FOLD, check, computed
 from .steps import is_metric, is_scalar
-
-Reduce = Literal["mean", "sum", "min", "max", "last"]
 
 Scope = Literal["window", "epoch"]
 
@@ -44,16 +43,6 @@ def _dtype(device: torch.device) -> torch.dtype:
 def _copied(weight: Tensor) -> Any:
     """A tensor of one element as it is now: a number where that does not wait."""
     return weight.detach().clone() if waits(weight.device) else _item(weight)
-
-
-#: How two values become one. Values are folded from left to right, so that when they are read changes no bit.
-_FOLD: Final[dict[str, Callable[[float, float], float]]] = {
-    "mean": add,  # of values times weights
-    "sum": add,
-    "min": lambda a, b: a if a != a or a < b else b,  # a NaN stays
-    "max": lambda a, b: a if a != a or a > b else b,
-    "last": lambda a, b: b,
-}
 
 
 class Series:
@@ -127,7 +116,7 @@ class Series:
                 values, weights = [values[i] for i in good], [weights[i] for i in good]
         if not values:
             return
-        fold, amounts = _FOLD[self.reduce], list(map(mul, values, weights)) if self.reduce == "mean" else values
+        fold, amounts = FOLD[self.reduce], list(map(mul, values, weights)) if self.reduce == "mean" else values
         for scope in ("window", "epoch"):
             old, weight = self._totals.get(scope, (None, 0))
             total = reduce(fold, amounts) if old is None else reduce(fold, amounts, old)
@@ -230,7 +219,7 @@ class Means:
         merged: dict[str, Total] = {}
         for name, (how, total, weight) in (item for totals in everywhere for item in totals.items()):
             old = merged.get(name)
-            merged[name] = (how, total, weight) if old is None else (how, _FOLD[how](old[1], total), old[2] + weight)
+            merged[name] = (how, total, weight) if old is None else (how, FOLD[how](old[1], total), old[2] + weight)
         return {name: _value(*total) for name, total in merged.items()}
 
     def epoch(self, suffix: str = "") -> dict[str, float]:
@@ -289,48 +278,3 @@ class Means:
             )
             buffered = [value for _ in series.buffers() for value in next(rows)]
             series.settle(buffered[: len(weights)] if buffered else series.values, weights)
-
-
-def merged(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What several `Means.state_dict` returned, as the state of one that was given all of it."""
-    found: dict[str, Any] = {}
-    for name, state in (item for each in states for item in each.items()):
-        totals = dict(found.get(name, {}).get("totals", {}))
-        for scope, (total, weight) in state["totals"].items():
-            old = totals.get(scope)
-            fold = _FOLD[state["reduce"]]
-            totals[scope] = [total, weight] if old is None else [fold(old[0], total), old[1] + weight]
-        found[name] = {**state, "totals": totals}
-    return found
-
-
-def check(name: str, value: object, reduce: str) -> None:
-    """Refuse what cannot be logged as a scalar.
-
-    Raises:
-        StepError: the value is no scalar, or `reduce` is no way to reduce.
-    """
-    if reduce not in _FOLD:
-        allowed = get_args(Reduce)
-        raise StepError(f"ld.log({name!r}, reduce={reduce!r}); allowed: {allowed}{nearest(str(reduce), allowed)}")
-    if not is_scalar(value):
-        shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise StepError(
-            f"ld.log({name!r}) got {shown}; allowed: a number, a tensor of one element, a torchmetrics Metric"
-        )
-
-
-def computed(name: str, metric: Any) -> float:
-    """The value of a torchmetrics object. Waits for the device.
-
-    Raises:
-        StepError: it has several values.
-    """
-    value = metric.compute()
-    if not is_scalar(value):
-        shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise StepError(
-            f"{name!r} is a {type(metric).__name__} whose compute() returned {shown}; log one that returns a single "
-            "number, or log its parts by name"
-        )
-    return float(value)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from . import current, loop, metrics
+from . import current, loop
 from .branch import Toggle
 from .errors import CheckpointError, LightdecoError, nearest
 
@@ -26,7 +26,7 @@ class LogMixin:
         prog_bar: bool = False,
         on_step: bool | None = None,
         on_epoch: bool | None = None,
-        reduce: metrics.Reduce = "mean",
+        reduce: scalars.Reduce = "mean",
         batch_size: int | None = None,
     ) -> None:
         """Log a scalar; see `lightdeco.log`."""
@@ -38,7 +38,7 @@ class LogMixin:
         prog_bar: bool = False,
         on_step: bool | None = None,
         on_epoch: bool | None = None,
-        reduce: metrics.Reduce = "mean",
+        reduce: scalars.Reduce = "mean",
         batch_size: int | None = None,
     ) -> None:
         """Log several scalars; see `lightdeco.log_dict`."""

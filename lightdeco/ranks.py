@@ -1,5 +1,6 @@
 """What each process has of its own in a checkpoint, and how a run goes on with another number of processes."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from .checkpoint import State
 from .errors import warn
 from .group import Group
-from .metrics import merged
+from .scalars import FOLD
 
 #: The corner of the checkpoint that holds a part for each process; not there where the run had one.
 RANKS: Final = "(ranks)"
@@ -60,6 +61,19 @@ def _shared_out(parts: list[dict[str, Any]], group: Group) -> dict[str, Any]:
     if group.rank == 0 and any(part["metrics"]["torchmetrics"]["counted"] for part in parts):
         warn("what torchmetrics objects have counted in this epoch is left out: it cannot be shared out anew")
     return {"means": merged([each["means"] for each in mine]), "torchmetrics": {"logged": {}, "counted": {}}}
+
+
+def merged(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several `Means.state_dict` returned, as the state of one that was given all of it."""
+    found: dict[str, Any] = {}
+    for name, state in (item for each in states for item in each.items()):
+        totals = dict(found.get(name, {}).get("totals", {}))
+        for scope, (total, weight) in state["totals"].items():
+            old = totals.get(scope)
+            fold = FOLD[state["reduce"]]
+            totals[scope] = [total, weight] if old is None else [fold(old[0], total), old[1] + weight]
+        found[name] = {**state, "totals": totals}
+    return found
 
 
 def _move(progress: dict[str, Any], before: int, now: int) -> int:

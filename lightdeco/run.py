@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import metrics
+from . import metrics, scalars
 from .data import batch_size_of
 from .errors import DataError, LightdecoError, StepError, warn
 from .loggers import Loggers
@@ -220,7 +220,7 @@ class Run:
         prog_bar: bool = False,
         on_step: bool | None = None,
         on_epoch: bool | None = None,
-        reduce: metrics.Reduce = "mean",
+        reduce: scalars.Reduce = "mean",
         batch_size: int | None = None,
     ) -> None:
         """Log a scalar; see `lightdeco.log`."""
@@ -248,9 +248,9 @@ class Run:
     def _log_now(self, name: str, value: Any, reduce: str) -> None:
         """Outside of batches: into the record that is being made, or as a record of its own."""
         if is_metric(value):
-            number = metrics.computed(name, value)
+            number = scalars.computed(name, value)
         else:
-            metrics.check(name, value, reduce)
+            scalars.check(name, value, reduce)
             number = float(value.detach() if isinstance(value, torch.Tensor) else value)
         if self.collected is not None:
             self.collected[name] = number

@@ -78,7 +78,7 @@ def restore(s: Session, state: State) -> None:
     _compare_data(s, state.data)
     progress = run.progress
     for field in asdict(progress):
-        if field != "calls":
+        if field != "calls" and field in state.progress:  # not there in checkpoints of an earlier version
             setattr(progress, field, state.progress[field])
     progress.calls.clear()
     progress.calls.update(state.progress["calls"])

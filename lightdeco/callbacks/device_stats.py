@@ -14,8 +14,8 @@ from lightdeco.errors import SettingsError
 from lightdeco.marks import on_train_batch_end, on_train_start
 
 if TYPE_CHECKING:
-    from lightdeco.metrics import Reduce
     from lightdeco.run import Run
+    from lightdeco.scalars import Reduce
 
 _GIB: Final = 2**30
 _PROC: Final = Path("/proc")
