@@ -65,7 +65,7 @@ def _refuse_monitors(script: Script) -> None:
         if optim.interval == "step" and name.startswith("train/"):
             raise SettingsError(
                 f"eject cannot write {kind} with interval='step' and monitor={name!r}: fit takes the value of the "
-                "latest record, which a script without loggers does not make; use interval='epoch', or a monitor 'val/…'"
+                "latest record, which a script without loggers does not make; use interval='epoch' or a monitor 'val/…'"
             )
         if not name.startswith(("train/", "val/")):
             raise SettingsError(

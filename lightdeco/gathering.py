@@ -49,15 +49,19 @@ class Gathered:
         if weight is None:
             weight = 1 if single else samples or size()
         scaled = loss if single else self._window.scale(loss, weight, last=False)
-        torch.autograd.backward(scaled)
+        scaler = self._branch.scaler
+        torch.autograd.backward(scaled if scaler is None else scaler.scale(scaled))
         self._losses.append(loss.detach().reshape(()))
         self._weights.append(weight.detach().reshape(()) if isinstance(weight, Tensor) else weight)
         self._outputs.append(outputs if single else _without_graph(outputs))
 
     def joined(self, merge: Merge) -> Any:
         """What the step would have returned for the whole batch."""
-        if self._window.size > 1:
-            total, first = sum(self._weights), merge
+        total: Any = sum(self._weights) if self._window.size > 1 else None
+        if self._branch.scaler is not None:  # the loop scales the loss once more
+            total = self._branch.scaler.scale(torch.ones_like(self._losses[0])) * (1 if total is None else total)
+        if total is not None:
+            first = merge
             if not isinstance(total, Tensor) and total == 0:
                 raise StepError('every "weight" of the parts of a batch was 0; leave such batches out of the data')
 

@@ -30,7 +30,7 @@ UNAVAILABLE: dict[str, tuple[object, ...]] = {
     "devices": ("auto", 1, [0], -1),
     "num_nodes": (1,),
     "strategy": ("auto",),
-    "precision": ("32-true", "bf16-mixed", "bf16-true", "64-true"),
+    "precision": ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"),
     "sync_batchnorm": (False,),
     "use_distributed_sampler": (True,),
     "process_timeout": (None,),

@@ -399,7 +399,7 @@ def test_shown_values_are_short() -> None:
         ("strategy", "ddp", "'auto'"),
         ("accelerator", "tpu", "'auto', 'cpu', 'gpu', 'cuda', 'mps'"),
         ("accelerator", "xla", "'auto', 'cpu', 'gpu', 'cuda', 'mps'"),
-        ("precision", "16-mixed", "'32-true', 'bf16-mixed', 'bf16-true', '64-true'"),
+        ("precision", "fp8", "'32-true', '16-mixed', 'bf16-mixed', '16-true', 'bf16-true', '64-true'"),
         ("sync_batchnorm", True, "False"),
         ("use_distributed_sampler", False, "True"),
         ("process_timeout", 5, "None"),
