@@ -60,17 +60,15 @@ class Gathered:
         total: Any = sum(self._weights) if self._window.size > 1 else None
         if self._branch.scaler is not None:  # the loop scales the loss once more
             total = self._branch.scaler.scale(torch.ones_like(self._losses[0])) * (1 if total is None else total)
-        if total is not None:
-            first = merge
-            if not isinstance(total, Tensor) and total == 0:
-                raise StepError('every "weight" of the parts of a batch was 0; leave such batches out of the data')
+        if not isinstance(total, Tensor) and total == 0:
+            raise StepError('every "weight" of the parts of a batch was 0; leave such batches out of the data')
 
-            def merge(factor: Tensor) -> None:
-                first(factor / total)
+        def divided(factor: Tensor) -> None:
+            merge(factor / total)
 
         with torch.enable_grad():
             anchor = torch.zeros((), requires_grad=True)
-            loss = _Ready.apply(anchor, self._mean(self._losses), merge)
+            loss = _Ready.apply(anchor, self._mean(self._losses), merge if total is None else divided)
         if isinstance(self._outputs[0], Tensor):
             return loss
         names = dict.fromkeys(name for outputs in self._outputs for name in outputs)

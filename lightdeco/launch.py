@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_PRECISION = dict.fromkeys(("32-true", "16-true", "bf16-true", "64-true"), "no")
+_PRECISION: dict[str, str] = dict.fromkeys(("32-true", "16-true", "bf16-true", "64-true"), "no")
 _PRECISION |= {"16-mixed": "fp16", "bf16-mixed": "bf16"}
 
 #: The dtype of weights and inputs where it is not the model's own.
