@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -11,6 +11,9 @@ from torch.optim import Optimizer
 
 from .optim import Optim, Window, parameters_of
 from .plan import Hook
+
+if TYPE_CHECKING:
+    from .scaling import Scaler
 
 
 class Toggle:
@@ -64,6 +67,8 @@ class Branch:
     zero_grad: Callable[[], object] = lambda: None
     backward: Callable[[Any], object] = Tensor.backward
     """How gradients are cleared, and made from a loss: torch's own functions, or the overrides."""
+    scaler: "Scaler | None" = None
+    """Scales losses and leaves out updates that overflow; None but with fp16."""
     closure: bool = False
     """Whether the optimizer's step gets a closure."""
     window: Window = field(default_factory=lambda: Window(1))

@@ -1,12 +1,14 @@
 """From marks and `configure_optimizers` to the branches of a run: which step has which optimizer, with every check."""
 
 import inspect
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from . import scaling
 from .branch import Branch
 from .errors import MarkError, SettingsError, nearest, warn
 from .manual import Manual, refuse_settings
@@ -52,6 +54,7 @@ def prepare_optimizers(s: Session, stack: ExitStack) -> None:
     call.setdefault("lr_scheduler_step", step_scheduler)
     call.setdefault("optimizer_step", lambda optimizer, closure: optimizer.step(closure))
     s.parted = len(steps) > 1 or manual or s.branches[0].every != 1 or "split_batch" in call
+    _scale(s)
     _plain(s)
     _losses(s)
     if isinstance(s.peers, Peers):
@@ -154,11 +157,35 @@ def _gradients(s: Session, branch: Branch) -> None:
         branch.backward = backward
 
 
+def _scale(s: Session) -> None:
+    """Give every training step a scaler of its losses, where the precision asks for one."""
+    if not scaling.wanted(s.settings.precision):
+        return
+    for branch in s.branches:
+        why = ""
+        if branch.optim is None:
+            why = f"the manual step {branch.hook.where}, whose losses are not scaled"
+        elif branch.closure:
+            kind = type(branch.optimizer).__name__
+            why = f"the closure that {kind} gets, which evaluates the loss in the middle of an update"
+        if why:
+            raise SettingsError(
+                f"precision='16-mixed' cannot go with {why}; use 'bf16-mixed', which needs no scaling of losses"
+            )
+        branch.scaler = scaling.Scaler(branch.optimizer, s.run.device)
+        branch.backward = partial(_scaled, branch.scaler, branch.backward)
+
+
+def _scaled(scaler: scaling.Scaler, backward: Callable[[Any], object], loss: Tensor) -> None:
+    backward(scaler.scale(loss))
+
+
 def _plain(s: Session) -> None:
     """Find out whether an update is nothing but `optimizer.step()`."""
     branch = s.branches[0]
     by_step = branch.optim is not None and branch.optim.scheduler is not None and branch.optim.interval == "step"
     more = s.group.size > 1 or branch.closure or by_step or "clip_gradients" in s.call or s.settings.on_nan == "skip"
+    more = more or branch.scaler is not None
     s.plain_update = not more and s.heard("on_before_optimizer_step") is None
 
 

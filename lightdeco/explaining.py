@@ -254,6 +254,8 @@ class _Outline:
         return f"clip the gradients: {s.gradient_clip_algorithm} at most {s.gradient_clip_val}"
 
     def _update(self) -> None:
+        if self._settings.precision == "16-mixed":
+            self._say("unscale the gradients; leave this update out where one overflowed in fp16")
         if self._settings.on_nan == "skip":
             self._say("leave this update out where the loss or a gradient is not finite (on_nan='skip')")
         self._hear("on_before_optimizer_step")

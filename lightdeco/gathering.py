@@ -49,24 +49,26 @@ class Gathered:
         if weight is None:
             weight = 1 if single else samples or size()
         scaled = loss if single else self._window.scale(loss, weight, last=False)
-        torch.autograd.backward(scaled)
+        scaler = self._branch.scaler
+        torch.autograd.backward(scaled if scaler is None else scaler.scale(scaled))
         self._losses.append(loss.detach().reshape(()))
         self._weights.append(weight.detach().reshape(()) if isinstance(weight, Tensor) else weight)
         self._outputs.append(outputs if single else _without_graph(outputs))
 
     def joined(self, merge: Merge) -> Any:
         """What the step would have returned for the whole batch."""
-        if self._window.size > 1:
-            total, first = sum(self._weights), merge
-            if not isinstance(total, Tensor) and total == 0:
-                raise StepError('every "weight" of the parts of a batch was 0; leave such batches out of the data')
+        total: Any = sum(self._weights) if self._window.size > 1 else None
+        if self._branch.scaler is not None:  # the loop scales the loss once more
+            total = self._branch.scaler.scale(torch.ones_like(self._losses[0])) * (1 if total is None else total)
+        if not isinstance(total, Tensor) and total == 0:
+            raise StepError('every "weight" of the parts of a batch was 0; leave such batches out of the data')
 
-            def merge(factor: Tensor) -> None:
-                first(factor / total)
+        def divided(factor: Tensor) -> None:
+            merge(factor / total)
 
         with torch.enable_grad():
             anchor = torch.zeros((), requires_grad=True)
-            loss = _Ready.apply(anchor, self._mean(self._losses), merge)
+            loss = _Ready.apply(anchor, self._mean(self._losses), merge if total is None else divided)
         if isinstance(self._outputs[0], Tensor):
             return loss
         names = dict.fromkeys(name for outputs in self._outputs for name in outputs)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 import torch
 
 from . import seeds, xla
-from .errors import LaunchError, MarkError, SettingsError, nearest
+from .errors import LaunchError, MarkError, SettingsError, nearest, warn
 from .joined import joined, place
 from .plan import Hook
 from .settings import Settings
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_PRECISION = {"32-true": "no", "bf16-mixed": "bf16", "bf16-true": "no", "64-true": "no"}
+_PRECISION: dict[str, str] = dict.fromkeys(("32-true", "16-true", "bf16-true", "64-true"), "no")
+_PRECISION |= {"16-mixed": "fp16", "bf16-mixed": "bf16"}
 
 #: The dtype of weights and inputs where it is not the model's own.
-TRUE: Final = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
+TRUE: Final = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 
 
 def count(settings: Settings) -> int:
@@ -90,6 +91,7 @@ def make_accelerator(settings: Settings, configured: dict[str, Any], several: bo
     from accelerate import Accelerator
 
     kind = kind_of(settings)
+    _check_half(settings.precision, kind)
     arguments = {"cpu": kind == "cpu", "mixed_precision": _PRECISION[settings.precision]}
     arguments |= strategy_arguments(settings, kind, several)
     if isinstance(settings.devices, list) and len(settings.devices) == 1 and kind == "cuda" and not joined():
@@ -108,6 +110,19 @@ def make_accelerator(settings: Settings, configured: dict[str, Any], several: bo
     if kind == "xla":
         xla.check(accelerator, bf16)
     return accelerator
+
+
+def _check_half(precision: str, kind: str) -> None:
+    """Refuse fp16 where it is not worth it, and warn where nothing keeps gradients from vanishing."""
+    if precision not in ("16-mixed", "16-true"):
+        return
+    if kind != "cuda":
+        raise SettingsError(
+            f"precision={precision!r} needs a CUDA device, and this run is on {kind!r}, where fp16 is slow or "
+            f"missing; use 'bf16-{precision.rpartition('-')[2]}' or '32-true'"
+        )
+    if precision == "16-true":
+        warn("precision='16-true' does not scale the loss: gradients below 6e-8 become 0; 'bf16-true' is safer")
 
 
 def strategy_arguments(settings: Settings, kind: str, several: bool) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Micro:
         """What the step returns; its loss hands over the gradients when it goes into backward."""
         from accelerate.utils.memory import clear_device_cache
 
-        run, failed = self._s.run, 0
+        run, failed, part = self._s.run, 0, None
         while True:
             parts, before = self._parts(batch), _Before(self._s)
             gathered = Gathered(self._branch, len(parts))
@@ -102,7 +102,8 @@ class Micro:
             finally:
                 run.batch = batch
             # Only now, since the exception held the frames of the failed try, and they its tensors.
-            del parts, part, before, gathered
+            part = None
+            del parts, before, gathered
             clear_device_cache(garbage_collection=True)
 
     def _parts(self, batch: Any) -> list[Any]:

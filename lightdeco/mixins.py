@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from . import current, loop
+from . import current, loop, scalars
 from .branch import Toggle
 from .errors import CheckpointError, LightdecoError, nearest
 

@@ -209,8 +209,11 @@ class Session:
         """
         before, self.steps_before = self.steps_before, self.run.global_step
         if self.run.progress.skipped_updates and self.run.global_step == before:
+            if any(branch.scaler is not None and branch.scaler.factor >= 1 for branch in self.branches):
+                return  # the factor is still on its way down
+            how = "on_nan='skip'" if self.settings.on_nan == "skip" else f"precision={self.settings.precision!r}"
             raise StepError(
-                f"on_nan='skip' left out every update of epoch {self.run.epoch - 1}; the weights or the data are not "
+                f"{how} left out every update of epoch {self.run.epoch - 1}; the weights or the data are not "
                 "finite: see which with on_nan='raise' and detect_anomaly=True"
             )
 

@@ -26,7 +26,7 @@ from .settings_checks import (
 
 # Settings that have values whose effect is not built yet: what is available of them.
 UNAVAILABLE: dict[str, tuple[object, ...]] = {
-    "precision": ("32-true", "bf16-mixed", "bf16-true", "64-true"),
+    "precision": ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"),
 }
 
 

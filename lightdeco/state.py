@@ -34,6 +34,7 @@ def collect(s: Session, metrics: Mapping[str, Any] | None = None) -> State:
     state = State(
         model=s.plan.model.state_dict(),
         optimizers={name: optim.optimizer.state_dict() for name, optim in run.optims.items()},
+        scaler={b.name: b.scaler.state_dict() for b in s.branches if b.scaler is not None} or None,
         schedulers={n: optim.scheduler.state_dict() for n, optim in run.optims.items() if optim.scheduler is not None},
         callbacks={key: thing.state_dict() for key, thing in _with_state(s)},
         data=_data(s),
@@ -69,6 +70,9 @@ def restore(s: Session, state: State) -> None:
             vars(optim.optimizer)["_opt_called"] = True
         # After the schedulers, some of which set learning rates.
         load_optimizer(optim.optimizer, state.optimizers[name], name or "optimizer")
+    for branch in s.branches:
+        if branch.scaler is not None and state.scaler is not None and branch.name in state.scaler:
+            branch.scaler.load_state_dict(state.scaler[branch.name])
     things = dict(_with_state(s))
     for key in [key for key in state.callbacks if key not in things and key != POLICY]:
         warn(f"the checkpoint holds a state of the callback {key}, which this run does not have; it is left out")

@@ -49,21 +49,23 @@ def update(s: Session, branch: Branch, loss: Tensor, inputs: Inputs | None, agai
     `inputs` and `again`, which repeats the randomness of the step, are for a closure that evaluates the step anew.
     """
     call, progress, window, optimizer = s.call, s.run.progress, branch.window, branch.optimizer
+    if branch.scaler is not None:
+        branch.scaler.unscale()
     if not window.plain:
         window.normalise(optimizer)
     loss = window.agreed(loss)
     if s.settings.on_nan == "skip" and not bool(torch.isfinite(loss) & finite_gradients(optimizer)):  # waits
-        progress.skipped_updates += 1
-        window.begin()
-        return False
+        return _skipped(s, branch)
     call["on_before_optimizer_step"](optimizer)
     if "clip_gradients" in call:
         call["clip_gradients"](optimizer)
     if branch.closure:
         closure = Closure(optimizer, loss, lambda: _evaluate_again(s, branch, inputs, again))
         call["optimizer_step"](optimizer, closure)
-    else:
+    elif branch.scaler is None:
         optimizer.step()
+    elif not branch.scaler.step():
+        return _skipped(s, branch, adapted=True)
     if not window.plain:
         window.begin()
     s.count_step()
@@ -72,6 +74,15 @@ def update(s: Session, branch: Branch, loss: Tensor, inputs: Inputs | None, agai
     if _due(optim, "step", updates):
         call["lr_scheduler_step"](optim.scheduler, monitored(optim, s.run.metrics, f"{branch.prefix}loss"))
     return True
+
+
+def _skipped(s: Session, branch: Branch, adapted: bool = False) -> bool:
+    """Count an update that is left out; `adapted`: the scaler knows of it."""
+    s.run.progress.skipped_updates += 1
+    branch.window.begin()
+    if branch.scaler is not None and not adapted:
+        branch.scaler.skip()
+    return False
 
 
 def _evaluate_again(s: Session, branch: Branch, inputs: Inputs | None, again: Callable[[], object]) -> Tensor:
@@ -163,7 +174,8 @@ def _train_part(s: Session, branch: Branch, inputs: Inputs, last: bool, seed: in
     scaled = loss if window.plain else window.scale(loss, weight, last)
     branch.loss = scaled.detach()
     call["on_before_backward"](scaled, optimizer)
-    if "backward" in call:  # and not `branch.backward`, which lies around it: one frame less above the user's code
+    if "backward" in call and branch.scaler is None:
+        # and not `branch.backward`, which lies around it: one frame less above the user's code
         call["backward"](scaled, optimizer)
     else:
         branch.backward(scaled)

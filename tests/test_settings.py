@@ -392,7 +392,7 @@ def test_shown_values_are_short() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "available"),
     [
-        ("precision", "16-mixed", "'32-true', 'bf16-mixed', 'bf16-true', '64-true'"),
+        ("precision", "fp8", "'32-true', '16-mixed', 'bf16-mixed', '16-true', 'bf16-true', '64-true'"),
     ],
 )
 def test_not_available_yet(name: str, value: object, available: str) -> None:

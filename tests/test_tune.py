@@ -539,11 +539,15 @@ def test_other_errors_pass_through() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ends", "fails", "interrupted"])
+@pytest.mark.parametrize("where", ["train", "val"])
 @pytest.mark.parametrize("data", [Data, loaders])
-def test_find_batch_size_leaves_no_trace(kind: str, data: Any, own_directory: Path) -> None:
-    """Model, data, loaders, callbacks and random state are bit-equal to before, however the search ends."""
+def test_find_batch_size_leaves_no_trace(kind: str, where: Any, data: Any, own_directory: Path) -> None:
+    """Model, data, loaders, callbacks and random state are bit-equal to before, wherever and however the search ends.
+
+    The model keeps counters, generators, and an optimizer with a scheduler.
+    """
     errors: dict[str, Any] = {"ends": None, "fails": ValueError("mine"), "interrupted": KeyboardInterrupt()}
-    model, given, callback = Hungry(val=9, error=errors[kind]), data(), Counter()
+    model, given, callback = Hungry(**{where: 9}, error=errors[kind]), data(), Counter()
     before = world(model, given, callback)
     if kind == "ends":
         assert find_batch_size(model, given, mode="binsearch", callbacks=callback) == 9
