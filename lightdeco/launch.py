@@ -45,6 +45,9 @@ def count(settings: Settings) -> int:
             "each with torchrun, accelerate launch or srun, see docs/clusters.md"
         )
     kind, devices = kind_of(settings), settings.devices
+    strategy_arguments(settings, kind, several=False)  # refused before anything starts
+    if settings.precision != "16-true" or kind != "cuda":
+        _check_half(settings.precision, kind)
     if kind == "cuda":
         there = torch.cuda.device_count()
         wanted = there if devices in ("auto", -1) else devices if isinstance(devices, int) else len(list(devices))
@@ -147,7 +150,7 @@ def strategy_arguments(settings: Settings, kind: str, several: bool) -> dict[str
             f"accelerate: {known}"
         )
     if kind != "cuda":
-        raise LaunchError(f"strategy={name!r} needs GPUs, and this run is on the {kind}; on it 'ddp' can be run")
+        raise LaunchError(f"strategy={name!r} needs GPUs, and this run is on the {kind}; there 'ddp' can be run")
     if several:
         raise LaunchError(f"strategy={name!r} cannot train with several optimizers; use 'ddp'")
     if name == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
