@@ -39,7 +39,7 @@ def opened(
         writes: make a directory and loggers.
         weights: the checkpoint whose weights an evaluation uses.
     """
-    from . import resuming  # here and below: what has to do with checkpoints is imported when a verb runs
+    from . import requeue, resuming  # here and below: what has to do with checkpoints is imported when a verb runs
 
     process = launch.Process(settings)
     resumed = resuming.look(plan, settings, writes, weights)
@@ -50,6 +50,7 @@ def opened(
         run = Run(plan.verb, plan.model, settings, seed)
         call = plan.bind(run, run.progress.calls)
         session = Session(plan, settings, given, run, call, process)
+        session.signals.requeues = requeue.wanted() if plan.verb == "fit" else None
         stack = ExitStack()
     status = "failed"
     try:
@@ -73,6 +74,8 @@ def opened(
         with process.entered(), active(run):
             stack.close()
             run.close(status)
+        if status == "interrupted":
+            requeue.requeue(session.signals, run, settings, session.saver)
 
 
 def _set_up(s: Session, writes: bool, stack: ExitStack, resumed: "Resumed | None") -> None:
