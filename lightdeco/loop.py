@@ -346,7 +346,7 @@ def _end_epoch(s: Session, interval: int | None) -> None:
 def _save_at_the_end(s: Session) -> None:
     """The last checkpoint; after a signal, the end of the process."""
     if s.signals.received is None:
-        s.finished = s.run.stop_reason
+        s.finished, s.signals.requeues = s.run.stop_reason, None
     if s.saver is not None:
         s.saver.finish()
     s.signals.end()

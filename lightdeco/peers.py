@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .ballot import FACTOR, LOSS, SECONDS, SIGNALS, SIZE, STOP, Cast, SharedSteps
+from .ballot import FACTOR, LOSS, NO_SIGNALS, SECONDS, SIGNALS, SIZE, STOP, Cast, SharedSteps
 from .data.loader import Loader
 from .errors import StepError, warn
 from .group import Group
@@ -117,7 +117,12 @@ class Peers(Alone):
         """What this process asks for: a list of `SIZE` numbers, its part of the sum."""
         heard = self.signals.heard
         seconds = monotonic() - self.started if self.group.rank == 0 else 0.0
-        return [0.0, 0.0, seconds, float(self.run.should_stop), *(float(heard == number) for number in ENDS)]
+        signals = [float(heard == number) for number in self._numbers()] if heard is not None else NO_SIGNALS
+        return [0.0, 0.0, seconds, float(self.run.should_stop), *signals]
+
+    def _numbers(self) -> tuple[int | None, ...]:
+        """The signals that are heard, in the order of the ballot."""
+        return (*ENDS, self.signals.requeues)
 
     def cast(self, loss: Tensor, factor: Any, last: bool) -> Tensor:
         """The loss times its factor, connected with the ballot; the wishes go with the last one of an update."""
@@ -231,13 +236,16 @@ class Peers(Alone):
         self._seconds = means[SECONDS] * self.size
         if means[STOP]:
             self._stop = self.run.should_stop = True
-        for number, wished in zip(ENDS, means[SIGNALS:SIZE], strict=True):
+        if not any(means[SIGNALS:SIZE]):
+            return
+        for number, wished in zip(self._numbers(), means[SIGNALS:SIZE], strict=True):
             if wished and self.signals.received is None:
                 self.signals.received = number
 
     def _read_later(self, votes: Tensor) -> None:
         """Read the votes of two updates ago, which are there without waiting; the same ones on every process."""
-        copy = votes.to("cpu", non_blocking=True) if votes.device.type != "cuda" else _pinned(votes)
+        pinned = torch.empty(votes.shape, dtype=votes.dtype, pin_memory=votes.device.type == "cuda")
+        copy = pinned.copy_(votes, non_blocking=True)
         event = torch.get_device_module(votes.device).Event()
         event.record()
         self._late.append((copy, event))
@@ -245,11 +253,6 @@ class Peers(Alone):
             numbers, there = self._late.pop(0)
             there.synchronize()
             self._read(numbers.tolist())
-
-
-def _pinned(votes: Tensor) -> Tensor:
-    copy = torch.empty(votes.shape, dtype=votes.dtype, pin_memory=True)
-    return copy.copy_(votes, non_blocking=True)
 
 
 class SharedWindow(Window):

@@ -50,6 +50,10 @@ class Saving(Protocol):
     def fail(self, error: BaseException) -> None:
         """On an error."""
 
+    def saved(self) -> bool:
+        """Whether a checkpoint holds the run as it is now."""
+        ...
+
     def show(self) -> None:
         """Tell the run which checkpoints there are."""
 

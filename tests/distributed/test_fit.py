@@ -240,7 +240,8 @@ def by_hand_and_by_fit(reduced: None, folder: Path) -> tuple[bool, list[int], in
 def test_bit_equal_to_a_loop_with_ddp_and_one_all_reduce_per_update() -> None:
     """With equal batches `fit` does what a hand-written loop does, to the bit; agreeing costs no message more."""
     equal, counts, steps = start(by_hand_and_by_fit, None, 2)
-    assert equal and steps == 12
+    assert equal
+    assert steps == 12
     assert counts == [1] * 12 + [0, 0, 1, 0, 0, 1]
 
 
@@ -263,7 +264,7 @@ class Told(Net):
 
 
 def test_fit_returns_once_with_the_trained_weights(own_directory: Path) -> None:
-    """In the caller's process: weights, run, files; nothing is left of the processes, and the caller's state is kept."""
+    """In the caller's process: weights, run and files; the caller's own state is kept."""
     torch.manual_seed(9)
     state = torch.get_rng_state()
     model, tied = Told(), nn.ParameterList()
@@ -277,8 +278,9 @@ def test_fit_returns_once_with_the_trained_weights(own_directory: Path) -> None:
     other = ld.fit(one, (loader(16, shuffle=True), loader(7)), max_epochs=2, seed=5, **QUIET)
     for mine, theirs in zip(model.parameters(), one.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs)
-    assert run.epoch == 2 and run.global_step == other.global_step and run.stop_reason == "max_epochs"
-    assert run.last_checkpoint is not None and run.last_checkpoint.is_dir()
+    assert (run.epoch, run.global_step, run.stop_reason) == (2, other.global_step, "max_epochs")
+    assert run.last_checkpoint is not None
+    assert run.last_checkpoint.is_dir()
     assert run.dir.resolve().parent.parent == own_directory / "runs"
     assert [r["stage"] for r in run.history] == [r["stage"] for r in other.history]
     assert {p.name for p in own_directory.glob("prepared-*")} == {"prepared-0"}
@@ -385,11 +387,12 @@ def test_batches_are_dealt_out(data_read: Any, name: str) -> None:
     given = DataLoader(Stream(False), batch_size=4, num_workers=2) if name == "workers" else loader(4, 21)
     order = [x[:, 0].tolist() for x, _ in given]
     zero, one = data_read[name]
-    assert len(order) == 6 and zero == order[0::2] and one == order[1::2]
+    assert len(order) == 6
+    assert (zero, one) == (order[0::2], order[1::2])
 
 
 def test_ranks_with_different_numbers_of_batches_end_together(data_read: Any) -> None:
     """A dataset that splits itself: 4 batches and 2; both train 2."""
     zero, one = data_read["own"]
     x = samples(21).tensors[0][:, 0].tolist()
-    assert zero == [x[0:4], x[4:8]] and one == [x[13:17], x[17:21]]
+    assert (zero, one) == ([x[0:4], x[4:8]], [x[13:17], x[17:21]])
