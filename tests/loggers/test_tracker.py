@@ -54,6 +54,11 @@ def test_aim_holds_every_metric(train: Train) -> None:
     """Aim's repository holds each metric at its step and the hyperparameters."""
     aim: Any = pytest.importorskip("aim")
     run = train("aim", kinds="")
+    from aim.sdk.index_manager import RepoIndexManager
+
+    repo = aim.Repo(str(run.dir))
+    for name in repo.list_all_runs():  # what `aim up` does before it shows anything
+        assert RepoIndexManager.get_index_manager(repo).index(name)
     (found,) = aim.Repo(str(run.dir)).iter_runs()
     for name, points in curves(run, finite=True).items():
         steps, values = found.get_metric(name, aim.sdk.Context({})).values.sparse_numpy()
