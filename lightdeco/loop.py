@@ -238,7 +238,6 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
         left = s.peers.together(islice(batches, cut(settings, loader, "train", progress.batch)))
         step_seeds = seeds.step_seeds(run.seed, run.rank, progress.micro_batch)
         for batch, dataloader_idx, last, seed in _numbered(left, loader, size > 1, step_seeds):
-            beat(progress.global_step, "training")
             batch_idx = progress.batch
             run.batch, run.batch_idx = batch, batch_idx
             if transfer is not None:
@@ -255,7 +254,6 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
                     if on_before_zero is not None:
                         on_before_zero(optimizer)
                     zero_grad()
-
                 if not single:
                     window.coming(last)
                 reseed(seed)
@@ -278,8 +276,7 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
                     optimizer.step()
                     progress.global_step += 1
                 elif updated or window.complete(last):
-                    inputs = (batch, batch_idx, dataloader_idx, None)
-                    updated = update(s, branch, scaled, inputs, partial(reseed, seed))
+                    updated = update(s, branch, scaled, (batch, batch_idx, dataloader_idx, None), partial(reseed, seed))
 
             if on_end is not None:
                 on_end(batch, batch_idx, dataloader_idx, outputs)

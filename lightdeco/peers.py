@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .ballot import FACTOR, LOSS, NO_SIGNALS, SECONDS, SIGNALS, SIZE, STOP, Cast, SharedSteps
+from .child import beat
 from .data.loader import Loader
 from .errors import StepError, warn
 from .group import Group
@@ -214,15 +215,14 @@ class Peers(Alone):
 
     def together(self, batches: Any) -> Any:
         """Where processes may have different numbers of batches, they ask each other before each one."""
-        if not self.uneven:
-            yield from batches
-            return
         for batch in batches:
-            if not self._all(True):
+            beat(self.run.global_step, "training")
+            if self.uneven and not self._all(True):
                 warn("the processes have different numbers of batches: what some have more is left out of the epoch")
                 return
             yield batch
-        self._all(False)
+        if self.uneven:
+            self._all(False)
 
     def _all(self, there: bool) -> bool:
         flag = torch.tensor(float(there), device=self.run.device)
