@@ -1,7 +1,6 @@
 """Devices, precision and strategy -> an Accelerator; what is put back after a verb."""
 
 import functools
-import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -151,22 +150,10 @@ def strategy_arguments(settings: Settings, kind: str, several: bool) -> dict[str
         )
     if kind != "cuda":
         raise LaunchError(f"strategy={name!r} needs GPUs, and this run is on the {kind}; there 'ddp' can be run")
-    if several:
-        raise LaunchError(f"strategy={name!r} cannot train with several optimizers; use 'ddp'")
-    if name == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
-        raise LaunchError("strategy='deepspeed' needs deepspeed: pip install deepspeed")
-    return {f"{name}_plugin": _plugin(name) if isinstance(strategy, str) else strategy}
+    raise LaunchError(f"strategy={name!r} is not available yet; available: 'auto', 'ddp'")
 
 
 _PLUGINS = {"FullyShardedDataParallelPlugin": "fsdp", "DeepSpeedPlugin": "deepspeed"}
-
-
-def _plugin(name: str) -> Any:
-    from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
-
-    if name == "fsdp":
-        return FullyShardedDataParallelPlugin(fsdp_version=2)
-    return DeepSpeedPlugin(zero_stage=2)
 
 
 def kind_of(settings: Settings) -> str:
