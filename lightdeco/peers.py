@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .ballot import FACTOR, LOSS, NO_SIGNALS, SECONDS, SIGNALS, SIZE, STOP, Cast, SharedSteps
@@ -20,6 +21,7 @@ from .group import Group
 from .optim import Window, parameters_of
 from .run import Run
 from .signals import ENDS, Signals
+from .windows import SharedWindow
 
 
 class Alone:
@@ -52,6 +54,9 @@ class Alone:
     def align(self, model: nn.Module, weights: bool = False) -> None:
         """Give every process the buffers of rank 0, before an evaluation; `weights`: the parameters too."""
 
+    def refresh(self) -> None:
+        """At the beginning of an epoch: look which parameters require grad."""
+
     def measure(self, loader: Loader) -> None:
         """Look at the training loader, from which the processes read."""
 
@@ -75,8 +80,8 @@ class Peers(Alone):
         #: Whether processes may have different numbers of batches.
         self.uneven = False
         self.loss = torch.zeros(())
-        #: Switches the all-reduce in the next backward on or off.
-        self.sync: Callable[[bool], object] = lambda on: None
+        self._wrapped: nn.Module = nn.Identity()
+        self._trained: frozenset[int] = frozenset()
         #: The ballot as the last forward returned it.
         self.slip: Tensor | None = None
         self._ballot: nn.Parameter | None = None
@@ -92,27 +97,31 @@ class Peers(Alone):
         """Time in training on rank 0, as of the last update."""
         return self._seconds
 
-    def window(self, size: int) -> "SharedWindow":
+    def window(self, size: int) -> SharedWindow:
         """The micro-batches of one update, on all processes."""
         return SharedWindow(size, self)
 
     # ---- with the gradients ------------------------------------------------------------------------------------------
 
-    def wrap(self, steps: "SharedSteps", wrapped: nn.Module) -> Callable[..., Any]:
-        """The training steps behind what accelerate wrapped around them."""
-        self._ballot = steps.ballot
-        if isinstance(wrapped, nn.parallel.DistributedDataParallel):
-
-            def sync(on: bool) -> None:
-                wrapped.require_backward_grad_sync = on
-
-            self.sync = sync
+    def wrap(self, steps: SharedSteps, wrapped: nn.Module, again: Callable[[nn.Module], nn.Module]) -> Any:
+        """The training steps behind what accelerate wrapped around them; `again` wraps them in DDP anew."""
+        self._ballot, self._wrapped, self._again = steps.ballot, wrapped, again
+        self.refresh()
 
         def step(key: str, *inputs: object) -> Any:
-            outputs, self.slip = wrapped(key, *inputs)
+            outputs, self.slip = self._wrapped(key, *inputs)
             return outputs
 
         return step
+
+    def refresh(self) -> None:
+        """Wrap the steps anew when other parameters require grad than before; DDP would not average them."""
+        trained = frozenset(id(p) for p in self._wrapped.parameters() if p.requires_grad)
+        if trained == self._trained:
+            return
+        if self._trained and isinstance(self._wrapped, DistributedDataParallel):
+            self._wrapped = self._again(self._wrapped.module)
+        self._trained = trained
 
     def wishes(self) -> list[float]:
         """What this process asks for: a list of `SIZE` numbers, its part of the sum."""
@@ -187,6 +196,10 @@ class Peers(Alone):
             if count:
                 p.grad = grad.view_as(p).to(p.dtype, copy=True)
 
+    def sync(self, on: bool) -> None:
+        """Whether the next backward averages the gradients."""
+        self._wrapped.require_backward_grad_sync = on  # type: ignore[assignment]
+
     # ---- without gradients -------------------------------------------------------------------------------------------
 
     def agree(self) -> None:
@@ -253,64 +266,3 @@ class Peers(Alone):
             numbers, there = self._late.pop(0)
             there.synchronize()
             self._read(numbers.tolist())
-
-
-class SharedWindow(Window):
-    """The micro-batches of one update on all processes; their gradients are averaged with the last one's backward."""
-
-    def __init__(self, size: int, peers: Peers) -> None:
-        self._peers = peers
-        super().__init__(size)
-        self.plain = False
-
-    def coming(self, last: bool) -> None:
-        """Before the step of a micro-batch: only the window's last one is averaged."""
-        self._peers.sync(self.count + 1 >= self.size or last)
-
-    def scale(self, loss: Tensor, weight: Any, last: bool) -> Tensor:
-        """Count a micro-batch and return its loss as it goes into backward."""
-        self.single = self.single or (self.count == 0 and last)
-        self.count += 1
-        if isinstance(weight, Tensor):
-            weight = weight.detach().reshape(())
-        self._factor = weight / self._peers.unit
-        self._total = self._total + self._factor
-        self._averaged = self.complete(last)
-        return self._peers.cast(loss, self._factor, self._averaged)
-
-    def normalise(self, optimizer: Optimizer) -> None:
-        """Divide the gradients by the mean of all factors."""
-        if self._averaged:
-            self._peers.count(optimizer)
-        else:  # the epoch ended with a batch that this step leaves out
-            self._peers.average(optimizer, self._total)
-
-    def agreed(self, loss: Tensor) -> Tensor:
-        """The mean loss of all processes."""
-        return self._peers.loss
-
-    def repeat(self, loss: Tensor) -> Tensor:
-        """The loss of a step that a closure evaluates anew, as it goes into backward."""
-        return self._peers.cast(loss, self._factor, True)
-
-
-class SharedPending(Window):
-    """The micro-batches of one update of a manual step, whose gradients are averaged when it is made."""
-
-    def __init__(self, size: int, peers: Peers) -> None:
-        self._peers = peers
-        super().__init__(size)
-        self.plain = self.single = False
-
-    def begin(self) -> None:
-        """Begin the next window."""
-        super().begin()
-        self.single = False
-
-    def scale(self, loss: Tensor, weight: Any, last: bool) -> Tensor:
-        """Count a micro-batch and return its loss times its weight."""
-        return super().scale(loss, weight, False)
-
-    def normalise(self, optimizer: Optimizer) -> None:
-        """Average the gradients by the weights of all processes; without weights, processes count equally."""
-        self._peers.average(optimizer, self._total if self.count else 1)

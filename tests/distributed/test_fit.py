@@ -78,6 +78,18 @@ class Scheduled(Net):
         return ld.Optim(optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.8), interval="step")
 
 
+class Thawing(Net):
+    """Its first layer is frozen in the first epoch."""
+
+    @ld.on_train_start
+    def freeze(self) -> None:
+        self.body[0].requires_grad_(False)
+
+    @ld.on_train_epoch_end
+    def thaw(self) -> None:
+        self.body[0].requires_grad_(True)
+
+
 class Closing(Net):
     """An optimizer that evaluates the loss itself."""
 
@@ -141,6 +153,7 @@ CASES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "weights and accumulation": (Weighted, {"accumulate_grad_batches": {0: 2, 1: 3}}),
     "scheduler and clipping": (Scheduled, {"gradient_clip_val": 0.3}),
     "closure": (Closing, {"max_steps": 1}),  # LBFGS makes much of the smallest difference in what follows
+    "thawing": (Thawing, {}),
     "two optimizers": (Two, {}),
     "manual": (Manual, {}),
     "bf16": (Net, {"precision": "bf16-mixed"}),
