@@ -13,8 +13,9 @@ from .branch import Toggle, others
 from .errors import SettingsError, StepError
 from .limits import accumulation
 from .optim import Window, clip, parameters_of
-from .peers import Peers, SharedPending
+from .peers import Peers
 from .session import Session
+from .windows import SharedPending
 
 
 class Manual:

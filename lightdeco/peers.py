@@ -6,7 +6,7 @@ every process stops, saves and clips at the same step.
 
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,15 @@ from .group import Group
 from .optim import Window, parameters_of
 from .run import Run
 from .signals import ENDS, Signals
+from .windows import SharedWindow
+
+
+class Bad(NamedTuple):
+    """A loss that was not finite: the batch of the epoch, the step that it made, and which loss it is."""
+
+    batch: int
+    step: int
+    which: str
 
 
 class Alone:
@@ -53,6 +62,14 @@ class Alone:
 
     def measure(self, loader: Loader) -> None:
         """Look at the training loader, from which the processes read."""
+
+    def shortest(self, length: int | None) -> int | None:
+        """The least of the lengths; None where a process does not know its own."""
+        return length
+
+    def earliest(self, bad: Bad | None) -> Bad | None:
+        """The first loss that was not finite, of any process."""
+        return bad
 
     def together(self, batches: Any) -> Any:
         """The batches, as long as every process has one."""
@@ -91,7 +108,7 @@ class Peers(Alone):
         """Time in training on rank 0, as of the last update."""
         return self._seconds
 
-    def window(self, size: int) -> "SharedWindow":
+    def window(self, size: int) -> Window:
         """The micro-batches of one update, on all processes."""
         return SharedWindow(size, self)
 
@@ -207,6 +224,20 @@ class Peers(Alone):
         lengths = self.group.gather(loader.length if loader.exact else None)
         self.uneven = None in lengths or len(set(lengths)) > 1
 
+    def shortest(self, length: int | None) -> int | None:
+        """One gathering, before training."""
+        known = [each for each in self.group.gather(length) if each is not None]
+        return min(known) if len(known) == self.size else None
+
+    def earliest(self, bad: Bad | None) -> Bad | None:
+        """One small all-reduce, and a gathering where there is one. A NaN reaches the others with the gradients."""
+        batch = torch.tensor(float("inf") if bad is None else float(bad.batch), device=self.run.device)
+        torch.distributed.all_reduce(batch, torch.distributed.ReduceOp.MIN)
+        if torch.isinf(batch):
+            return None
+        own = bad and bad._replace(which=f"{bad.which} on rank {self.group.rank}")
+        return min((each for each in self.group.gather(own) if each is not None), key=lambda each: each.batch)
+
     def together(self, batches: Any) -> Any:
         """Where processes may have different numbers of batches, they ask each other before each one."""
         if not self.uneven:
@@ -250,64 +281,3 @@ class Peers(Alone):
 def _pinned(votes: Tensor) -> Tensor:
     copy = torch.empty(votes.shape, dtype=votes.dtype, pin_memory=True)
     return copy.copy_(votes, non_blocking=True)
-
-
-class SharedWindow(Window):
-    """The micro-batches of one update on all processes; their gradients are averaged with the last one's backward."""
-
-    def __init__(self, size: int, peers: Peers) -> None:
-        self._peers = peers
-        super().__init__(size)
-        self.plain = False
-
-    def coming(self, last: bool) -> None:
-        """Before the step of a micro-batch: only the window's last one is averaged."""
-        self._peers.sync(self.count + 1 >= self.size or last)
-
-    def scale(self, loss: Tensor, weight: Any, last: bool) -> Tensor:
-        """Count a micro-batch and return its loss as it goes into backward."""
-        self.single = self.single or (self.count == 0 and last)
-        self.count += 1
-        if isinstance(weight, Tensor):
-            weight = weight.detach().reshape(())
-        self._factor = weight / self._peers.unit
-        self._total = self._total + self._factor
-        self._averaged = self.complete(last)
-        return self._peers.cast(loss, self._factor, self._averaged)
-
-    def normalise(self, optimizer: Optimizer) -> None:
-        """Divide the gradients by the mean of all factors."""
-        if self._averaged:
-            self._peers.count(optimizer)
-        else:  # the epoch ended with a batch that this step leaves out
-            self._peers.average(optimizer, self._total)
-
-    def agreed(self, loss: Tensor) -> Tensor:
-        """The mean loss of all processes."""
-        return self._peers.loss
-
-    def repeat(self, loss: Tensor) -> Tensor:
-        """The loss of a step that a closure evaluates anew, as it goes into backward."""
-        return self._peers.cast(loss, self._factor, True)
-
-
-class SharedPending(Window):
-    """The micro-batches of one update of a manual step, whose gradients are averaged when it is made."""
-
-    def __init__(self, size: int, peers: Peers) -> None:
-        self._peers = peers
-        super().__init__(size)
-        self.plain = self.single = False
-
-    def begin(self) -> None:
-        """Begin the next window."""
-        super().begin()
-        self.single = False
-
-    def scale(self, loss: Tensor, weight: Any, last: bool) -> Tensor:
-        """Count a micro-batch and return its loss times its weight."""
-        return super().scale(loss, weight, False)
-
-    def normalise(self, optimizer: Optimizer) -> None:
-        """Average the gradients by the weights of all processes; without weights, processes count equally."""
-        self._peers.average(optimizer, self._total if self.count else 1)

@@ -1,0 +1,72 @@
+"""The micro-batches of one update where several processes train together."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .optim import Window
+
+if TYPE_CHECKING:
+    from .peers import Peers
+
+
+class SharedWindow(Window):
+    """The micro-batches of one update on all processes; their gradients are averaged with the last one's backward."""
+
+    def __init__(self, size: int, peers: "Peers") -> None:
+        self._peers = peers
+        super().__init__(size)
+        self.plain = False
+
+    def coming(self, last: bool) -> None:
+        """Before the step of a micro-batch: only the window's last one is averaged."""
+        self._peers.sync(self.count + 1 >= self.size or last)
+
+    def scale(self, loss: Tensor, weight: Any, last: bool) -> Tensor:
+        """Count a micro-batch and return its loss as it goes into backward."""
+        self.single = self.single or (self.count == 0 and last)
+        self.count += 1
+        if isinstance(weight, Tensor):
+            weight = weight.detach().reshape(())
+        self._factor = weight / self._peers.unit
+        self._total = self._total + self._factor
+        self._averaged = self.complete(last)
+        return self._peers.cast(loss, self._factor, self._averaged)
+
+    def normalise(self, optimizer: Optimizer) -> None:
+        """Divide the gradients by the mean of all factors."""
+        if self._averaged:
+            self._peers.count(optimizer)
+        else:  # the epoch ended with a batch that this step leaves out
+            self._peers.average(optimizer, self._total)
+
+    def agreed(self, loss: Tensor) -> Tensor:
+        """The mean loss of all processes."""
+        return self._peers.loss
+
+    def repeat(self, loss: Tensor) -> Tensor:
+        """The loss of a step that a closure evaluates anew, as it goes into backward."""
+        return self._peers.cast(loss, self._factor, True)
+
+
+class SharedPending(Window):
+    """The micro-batches of one update of a manual step, whose gradients are averaged when it is made."""
+
+    def __init__(self, size: int, peers: "Peers") -> None:
+        self._peers = peers
+        super().__init__(size)
+        self.plain = self.single = False
+
+    def begin(self) -> None:
+        """Begin the next window."""
+        super().begin()
+        self.single = False
+
+    def scale(self, loss: Tensor, weight: Any, last: bool) -> Tensor:
+        """Count a micro-batch and return its loss times its weight."""
+        return super().scale(loss, weight, False)
+
+    def normalise(self, optimizer: Optimizer) -> None:
+        """Average the gradients by the weights of all processes; without weights, processes count equally."""
+        self._peers.average(optimizer, self._total if self.count else 1)
