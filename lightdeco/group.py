@@ -31,6 +31,7 @@ class Group:
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
+        self._among: dict[tuple[int, ...], Any] = {}
 
     def gather(self, thing: T) -> list[T]:
         """What each process gives, in the order of ranks; on every process."""
@@ -67,6 +68,12 @@ class Group:
             raise told[1]
         found: T = result if self.rank == 0 else told[0]
         return found
+
+    def among(self, ranks: tuple[int, ...]) -> Any:
+        """torch's group of these processes; every process calls it, those that are not among them too."""
+        if ranks not in self._among:
+            self._among[ranks] = torch.distributed.new_group(list(ranks))
+        return self._among[ranks]
 
     def wait(self) -> None:
         """Until all processes are here."""

@@ -344,6 +344,7 @@ def _save_at_the_end(s: Session) -> None:
     """The last checkpoint; after a signal, the end of the process."""
     if s.signals.received is None:
         s.finished, s.signals.requeues = s.run.stop_reason, None
+    s.peers.align(s.run.model)  # DDP gives the others the buffers of rank 0 before a step, so that the last ones differ
     if s.saver is not None:
         s.saver.finish()
     s.signals.end()
@@ -370,7 +371,7 @@ def _evaluate(s: Session, stage: str, sanity: bool = False) -> dict[str, float]:
     run, call, event = s.run, s.call, f"on_{_EVENT[stage]}"
     s.refuse_nan()
     s.peers.align(run.model)
-    means = Means(run.device, elsewhere=run.means, gather=s.group.gather)
+    means = Means(run.device, elsewhere=run.means, group=s.group)
     with run.during("sanity" if sanity else stage, means), evaluating(run.model):
         run.num_eval_batches = expected(s.settings, s.loaders[stage], stage, sanity)
         run.eval_loaders = tuple(loader.name for loader in s.loaders[stage])

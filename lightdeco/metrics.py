@@ -7,7 +7,7 @@ at once; sums are made on the host, in float64.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from itertools import islice
 from operator import add, mul
@@ -16,9 +16,10 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from . import xla
+from . import metric_objects, xla
 from .errors import StepError
-from .scalars import FOLD, check, computed
+from .group import Group
+from .scalars import FOLD, check
 from .steps import is_metric, is_scalar
 
 Scope = Literal["window", "epoch"]
@@ -148,14 +149,23 @@ def _value(how: str, total: float, weight: float) -> float:
     return total / weight if weight else math.nan
 
 
-#: From the totals of this process by name to those of all processes.
-Gather = Callable[[dict[str, Total]], list[dict[str, Total]]]
+def _present(taken: Mapping[str, Total | None]) -> dict[str, Total]:
+    return {name: total for name, total in taken.items() if total is not None}
+
+
+def _merged(everywhere: Sequence[Mapping[str, Total]]) -> dict[str, float]:
+    """The values of what was taken on all processes, by name; a name may be there on some of them only."""
+    merged: dict[str, Total] = {}
+    for name, (how, total, weight) in (item for totals in everywhere for item in totals.items()):
+        old = merged.get(name)
+        merged[name] = (how, total, weight) if old is None else (how, FOLD[how](old[1], total), old[2] + weight)
+    return {name: _value(*total) for name, total in merged.items()}
 
 
 class Means:
     """All metrics of one stage, by name; `watch` names the one that `first_bad` can be asked about.
 
-    `gather` gives the totals of all processes of the run; the means are then those of all samples, on each of them.
+    `group`: the processes of the run; the means are those of all samples, on each of them.
     """
 
     def __init__(
@@ -163,9 +173,9 @@ class Means:
         device: torch.device,
         watch: str | None = None,
         elsewhere: "Means | None" = None,
-        gather: Gather = lambda totals: [totals],
+        group: Group | None = None,
     ) -> None:
-        self._device, self._watch, self._gather = device, watch, gather
+        self._device, self._watch, self._group = device, watch, group or Group()
         self.series: dict[str, Series] = {}
         if watch is not None:
             self.series[watch] = Series(device, "mean", True, True, watched=True)
@@ -211,16 +221,8 @@ class Means:
     def window(self) -> dict[str, float]:
         """The means since the last call, of what is recorded by step. Waits for the device once."""
         self.settle()
-        return self._merged({name: s.take("window") for name, s in self.series.items() if s.on_step})
-
-    def _merged(self, taken: Mapping[str, Total | None]) -> dict[str, float]:
-        """The values of what was taken on all processes, by name; a name may be there on some of them only."""
-        everywhere = self._gather({name: total for name, total in taken.items() if total is not None})
-        merged: dict[str, Total] = {}
-        for name, (how, total, weight) in (item for totals in everywhere for item in totals.items()):
-            old = merged.get(name)
-            merged[name] = (how, total, weight) if old is None else (how, FOLD[how](old[1], total), old[2] + weight)
-        return {name: _value(*total) for name, total in merged.items()}
+        taken = {name: s.take("window") for name, s in self.series.items() if s.on_step}
+        return _merged(self._group.gather(_present(taken)))
 
     def epoch(self, suffix: str = "") -> dict[str, float]:
         """The means since the last call, of what is recorded by epoch; torchmetrics objects are computed and reset.
@@ -229,10 +231,9 @@ class Means:
         """
         self.settle()
         taken = {n + suffix if s.on_step else n: s.take("epoch") for n, s in self.series.items() if s.on_epoch}
-        values = self._merged(taken)
-        for name, metric in self.metrics.items():
-            values[name] = computed(name, metric)
-            metric.reset()
+        everywhere = self._group.gather((_present(taken), list(self.metrics)))
+        values = _merged([totals for totals, _ in everywhere])
+        values |= metric_objects.values(self.metrics, [names for _, names in everywhere], self._group)
         self.metrics.clear()
         return values
 

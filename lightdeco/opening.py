@@ -134,8 +134,8 @@ def _set_up(s: Session, writes: bool, stack: ExitStack, resumed: "Resumed | None
         load(s, stage)
     stack.callback(close_loaders, s)
     if s.plan.verb == "fit":
-        s.means = Means(run.device, watch="train/loss", gather=s.group.gather)
-        run.num_train_batches = expected(settings, s.loaders["train"], "train")
+        s.means = Means(run.device, watch="train/loss", group=s.group)
+        run.num_train_batches = s.peers.shortest(expected(settings, s.loaders["train"], "train"))
         prepare_optimizers(s, stack)
         if not model.training:
             warn(f"{type(model).__name__} was in eval mode; it is put into train() as a whole for training")

@@ -6,7 +6,7 @@ every process stops, saves and clips at the same step.
 
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,14 @@ from .optim import Window, parameters_of
 from .run import Run
 from .signals import ENDS, Signals
 from .windows import SharedWindow
+
+
+class Bad(NamedTuple):
+    """A loss that was not finite: the batch of the epoch, the step that it made, and which loss it is."""
+
+    batch: int
+    step: int
+    which: str
 
 
 class Alone:
@@ -59,6 +67,14 @@ class Alone:
 
     def measure(self, loader: Loader) -> None:
         """Look at the training loader, from which the processes read."""
+
+    def shortest(self, length: int | None) -> int | None:
+        """The least of the lengths; None where a process does not know its own."""
+        return length
+
+    def earliest(self, bad: Bad | None) -> Bad | None:
+        """The first loss that was not finite, of any process."""
+        return bad
 
     def together(self, batches: Any) -> Any:
         """The batches, as long as every process has one."""
@@ -225,6 +241,20 @@ class Peers(Alone):
         self.unit = float(self.group.same(sizes[0] if len(sizes) == 1 and sizes[0] else 1))
         lengths = self.group.gather(loader.length if loader.exact else None)
         self.uneven = None in lengths or len(set(lengths)) > 1
+
+    def shortest(self, length: int | None) -> int | None:
+        """One gathering, before training."""
+        known = [each for each in self.group.gather(length) if each is not None]
+        return min(known) if len(known) == self.size else None
+
+    def earliest(self, bad: Bad | None) -> Bad | None:
+        """One small all-reduce, and a gathering where there is one. A NaN reaches the others with the gradients."""
+        batch = torch.tensor(float("inf") if bad is None else float(bad.batch), device=self.run.device)
+        torch.distributed.all_reduce(batch, torch.distributed.ReduceOp.MIN)
+        if torch.isinf(batch):
+            return None
+        own = bad and bad._replace(which=f"{bad.which} on rank {self.group.rank}")
+        return min((each for each in self.group.gather(own) if each is not None), key=lambda each: each.batch)
 
     def together(self, batches: Any) -> Any:
         """Where processes may have different numbers of batches, they ask each other before each one."""

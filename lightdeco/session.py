@@ -19,7 +19,7 @@ from .group import Group
 from .limits import accumulation
 from .metrics import Means
 from .optim import parameters_of
-from .peers import Alone
+from .peers import Alone, Bad
 from .plan import Plan
 from .run import Run
 from .settings import Settings
@@ -184,16 +184,19 @@ class Session:
         self.checked_batch, self.checked_step = run.progress.batch, run.global_step
         if self.settings.on_nan != "raise":
             return
-        if self.parted:
-            self._refuse_nan_of_branches()
-            return
-        bad = run.means.first_bad()
+        found = self._bad_of_branches() if self.parted else None
+        bad = None if self.parted else run.means.first_bad()
         if bad is not None:
-            step += bad // accumulation(self.settings, run.epoch) + 1
-            raise _not_finite("training loss", batch + bad, run.epoch, step)
+            found = Bad(batch + bad, step + bad // accumulation(self.settings, run.epoch) + 1, "training loss")
+        if (found := self.peers.earliest(found)) is not None:
+            raise StepError(
+                f"the {found.which} was not finite (NaN or infinite) at batch {found.batch} of epoch {run.epoch}, "
+                f"global_step {found.step}; detect_anomaly=True finds the operation, on_nan='skip' leaves such updates "
+                "out"
+            )
 
-    def _refuse_nan_of_branches(self) -> None:
-        """`refuse_nan` where each training step has losses of its own; the earliest bad one is named."""
+    def _bad_of_branches(self) -> Bad | None:
+        """Where each training step has losses of its own: the earliest bad one."""
         means, found = self.run.means, []
         means.settle()
         for branch in self.branches:
@@ -201,10 +204,8 @@ class Session:
             bad = means.series[f"{branch.prefix}loss"].first_bad()
             if bad is not None:
                 which = f"training loss of the optimizer {branch.name!r}" if branch.name else "training loss"
-                found.append((*rows[bad], which))
-        if found:
-            batch, step, which = min(found, key=lambda row: row[0])
-            raise _not_finite(which, batch, self.run.epoch, step)
+                found.append(Bad(*rows[bad], which))
+        return min(found, key=lambda each: each.batch, default=None)
 
     def refuse_no_progress(self) -> None:
         """Refuse an epoch in which every update was skipped: with `max_steps` alone such a run would never end.
@@ -227,10 +228,3 @@ class Session:
         hook = self.plan.one(role)
         assert hook is not None
         return hook.where
-
-
-def _not_finite(which: str, batch: int, epoch: int, step: int) -> StepError:
-    return StepError(
-        f"the {which} was not finite (NaN or infinite) at batch {batch} of epoch {epoch}, "
-        f"global_step {step}; detect_anomaly=True finds the operation, on_nan='skip' leaves such updates out"
-    )
