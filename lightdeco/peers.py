@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from .ballot import FACTOR, LOSS, NO_SIGNALS, SECONDS, SIGNALS, SIZE, STOP, Cast, SharedSteps
 from .child import beat
+from .data import batch_size_of
 from .data.loader import Loader
 from .errors import StepError, warn
 from .group import Group
@@ -238,7 +239,8 @@ class Peers(Alone):
     def measure(self, loader: Loader) -> None:
         """Agree on the weight of an ordinary batch, and on whether the processes can have different numbers of them."""
         sizes = loader.batch_sizes
-        self.unit = float(self.group.same(sizes[0] if len(sizes) == 1 and sizes[0] else 1))
+        size = sizes[0] if len(sizes) == 1 and sizes[0] else batch_size_of(loader.first)
+        self.unit = float(self.group.same(size or 1))
         lengths = self.group.gather(loader.length if loader.exact else None)
         self.uneven = None in lengths or len(set(lengths)) > 1
 
