@@ -1,8 +1,6 @@
-"""What each process of a test does: `main` opens the group, calls `work` and writes what came out.
+"""What each process of a test does: `main` tries the group, trains with `fit`, and writes what came out.
 
-`work` can be changed for one that calls `ld.fit`: everything around it stays.
-
-    python -m tests.distributed.program OUTPUT       with torchrun's variables
+python -m tests.distributed.program OUTPUT       with torchrun's variables
 """
 
 import json
@@ -13,7 +11,9 @@ from typing import Any
 
 import torch
 
+import lightdeco as ld
 from lightdeco import group
+from tests.models import QUIET, Net, batches
 
 
 def work(processes: group.Group) -> dict[str, Any]:
@@ -42,10 +42,20 @@ def together() -> list[dict[str, Any]]:
     return found
 
 
+def train() -> dict[str, Any]:
+    """A run with validation and checkpoints, in the present directory: its metrics and the sum of its weights."""
+    model, data = Net(dropout=0.0), batches(6)
+    run = ld.fit(model, (data, data), max_epochs=2, seed=1, num_nodes=2, name="run", **QUIET)
+    total = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
+    return {"metrics": run.metrics, "steps": run.global_step, "weights": total, "world_size": run.world_size}
+
+
 def main(output: str) -> None:
     """Write what came out as JSON; the last line is there only when all went well."""
     found = together()
-    Path(output).write_text(json.dumps({"results": found, "address": os.environ["MASTER_ADDR"]}))
+    os.chdir(Path(output).parent)
+    run = train()
+    Path(output).write_text(json.dumps({"results": found, "address": os.environ["MASTER_ADDR"], "run": run}))
 
 
 if __name__ == "__main__":

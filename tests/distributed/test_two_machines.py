@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+import lightdeco as ld
 from tests.distributed.test_group import expected
+from tests.models import QUIET, Net, batches
 
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -76,7 +79,7 @@ def finish(ranks: list["subprocess.Popen[str]"], seconds: float = 100) -> list[t
 
 @pytest.mark.slow
 def test_two_machines_work_together(machines: list[str], tmp_path: Path) -> None:
-    """They find each other by the address of the first, and each is rank 0 of its machine."""
+    """They find each other by the address of the first, each is rank 0 of its machine, and they train one model."""
     interface = subprocess.run(
         ["ip", "-n", machines[0], "-o", "link", "show", "type", "veth"], capture_output=True, text=True, check=True
     ).stdout
@@ -88,6 +91,15 @@ def test_two_machines_work_together(machines: list[str], tmp_path: Path) -> None
         found = json.loads((tmp_path / f"rank-{rank}.json").read_text())
         assert found["results"] == [expected(rank, local_rank=0)] * 2
         assert found["address"] == ADDRESSES[0]
+    runs = [json.loads((tmp_path / f"rank-{rank}.json").read_text())["run"] for rank in range(2)]
+    assert runs[0] == runs[1]
+    assert (runs[0]["world_size"], runs[0]["steps"]) == (2, 6)
+    alone, data = Net(dropout=0.0), batches(6)
+    pairs = [tuple(map(torch.cat, zip(*data[i : i + 2], strict=True))) for i in range(0, 6, 2)]
+    run = ld.fit(alone, (pairs, data), max_epochs=2, seed=1, name="alone", **QUIET)
+    assert runs[0]["metrics"]["val/loss"] == pytest.approx(run.metrics["val/loss"], rel=1e-5)
+    assert runs[0]["metrics"]["train/loss"] == pytest.approx(run.metrics["train/loss"], rel=1e-5)
+    assert sorted(path.name for path in tmp_path.glob("runs/*/checkpoints/*"))
 
 
 @pytest.mark.slow
