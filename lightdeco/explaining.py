@@ -7,9 +7,10 @@ from typing import Any, Final
 
 from torch import nn
 
+from . import explaining_heads as heads
 from .ejecting.objects import call_text, directory_text, loader_text, made, place, policy_text, recorders
-from .explaining_heads import batches_text, epochs_text
 from .hooks import Hook
+from .joined import joined
 from .plan import Plan
 from .preparing import prepare
 from .roles import ROLES
@@ -31,7 +32,7 @@ class _Outline:
     """The lines, as they are put down one after another."""
 
     def __init__(self, plan: Plan, given: Mapping[str, object], settings: Settings) -> None:
-        self._plan, self._given, self._settings = plan, given, settings
+        self._plan, self._given, self._settings, self._processes = plan, given, settings, heads.processes_of(settings)
         self._depth = 0
         self._lines: list[tuple[str, str]] = []  # the text, and the file and line
         has_val = "val" in given or plan.one("val_dataloader") is not None
@@ -40,7 +41,7 @@ class _Outline:
     def text(self) -> str:
         """All of it, with the places in a column."""
         self._beginning()
-        with self._block(epochs_text(self._settings)):
+        with self._block(heads.epochs_text(self._settings)):
             self._epoch()
         self._end()
         width = max((len(text) for text, where in self._lines if where and len(text) <= _WIDEST), default=0)
@@ -82,6 +83,8 @@ class _Outline:
         for line in textwrap.wrap(chosen, 100, subsequent_indent="    ", break_long_words=False):
             self._say(line)
         self._say("")
+        if self._processes > 1:
+            self._say(heads.start_text(self._processes))
         self._role("configure_callbacks", "callbacks = {}, and those of the settings")
         callbacks = [o for o in plan.owners if o is not plan.model and o is not plan.data]
         if callbacks:
@@ -91,7 +94,9 @@ class _Outline:
         )
         if s.resume is not None:
             self._say(f"go on from a checkpoint: resume={str(s.resume)!r}")
-        self._role("prepare_data")
+        self._role(
+            "prepare_data", "{}, by one process of each machine; the others wait" if self._processes > 1 else "{}"
+        )
         self._role("setup")
         self._role("configure_model")
         self._role("configure_accelerator", "accelerator = Accelerator(**{})")
@@ -133,6 +138,8 @@ class _Outline:
                 self._say(f"{stage}_loader = {loader_text(self._given[stage])}, as given")
             else:
                 self._role(f"{stage}_dataloader", f"{stage}_loader = {{}}")
+        if self._processes > 1:
+            self._say(heads.dealt_text(self._settings, self._processes))
 
     # ---- an epoch ----------------------------------------------------------------------------------------------------
 
@@ -142,7 +149,7 @@ class _Outline:
         if every:
             self._say(f"every {every} epochs: make the loaders anew")
         self._hear("on_train_epoch_start")
-        with self._block(batches_text(self._settings)):
+        with self._block(heads.batches_text(self._settings)):
             self._batch()
         inside = s.val_check_interval not in (None, 1.0)
         if self._validates and not inside:
@@ -200,19 +207,14 @@ class _Outline:
     def _seed(self) -> None:
         self._say("seed torch with seeds.step_seed(seed, rank, micro_batch)")
 
-    def _window(self) -> str:
-        n = self._settings.accumulate_grad_batches
-        return f"{n} batches" if isinstance(n, int) else f"as many batches as {n} says from epoch to epoch"
-
     def _step(self, hook: Hook, seeds: bool) -> None:
         """One training step with its backward and its update; `seeds`: torch is seeded before it."""
         s = self._settings
         alone = s.accumulate_grad_batches == 1
-        if alone:
+        with ExitStack() as stack:
+            if not alone:
+                stack.enter_context(self._block(f"at the beginning of a window of {heads.window_text(s)}:"))
             self._clear()
-        else:
-            with self._block(f"at the beginning of a window of {self._window()}:"):
-                self._clear()
         if seeds and not self._plan.one("split_batch"):
             self._seed()
         self._say(f"outputs = {call_text(hook)}", hook)
@@ -221,11 +223,11 @@ class _Outline:
         self._hear("on_before_backward")
         self._role("backward", otherwise="loss.backward()")
         self._hear("on_after_backward")
-        if alone:
-            self._update()
-            return
-        with self._block("at the end of the window, or of the epoch:"):
-            self._say("divide the gradients by the sum of weights, so that each sample counts the same")
+        with ExitStack() as stack:
+            if not alone:
+                stack.enter_context(self._block("at the end of the window, or of the epoch:"))
+            if (averaged := heads.averaged_text(self._processes, window=not alone)) is not None:
+                self._say(averaged)
             self._update()
 
     def _manual(self, hook: Hook) -> None:
@@ -244,8 +246,12 @@ class _Outline:
             if self._plan.all("on_before_optimizer_step"):
                 with self._block("optimizer.step:"):
                     self._hear("on_before_optimizer_step")
+            if self._processes > 1:
+                self._say(f"optimizer.step, first: average its gradients over the {self._processes} processes")
             if s.accumulate_grad_batches != 1:
-                self._say(f"optimizer.step and zero_grad, ld.clip_gradients: nothing, until {self._window()} have come")
+                self._say(
+                    f"optimizer.step and zero_grad, ld.clip_gradients: nothing, until {heads.window_text(s)} have come"
+                )
 
     def _clipping(self) -> str | None:
         s = self._settings
@@ -310,3 +316,5 @@ class _Outline:
             with self._block("where an exception ends the run:"):
                 self._hear("on_exception")
         self._role("teardown", "in any case: {}")
+        if self._processes > 1 and not joined():
+            self._say("the processes end; the model here gets the trained weights, and fit returns the Run")

@@ -1,6 +1,43 @@
 """The heads of the loops in what `ld.explain` returns."""
 
+import torch
+
+from . import launch
+from .joined import joined, place
 from .settings import Settings
+
+
+def processes_of(s: Settings) -> int:
+    """How many processes the run has; devices that are asked for by number need not be there."""
+    if joined():
+        return place().world_size
+    if isinstance(s.devices, (list, tuple)):
+        return len(s.devices)
+    if s.devices in ("auto", -1):
+        gpus = s.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        return torch.cuda.device_count() if gpus and launch.kind_of(s) == "cuda" else 1
+    return s.devices if isinstance(s.devices, int) else 1
+
+
+def start_text(count: int) -> str:
+    """Where the processes of a run come from."""
+    if joined():
+        return f"this is one of {count} processes that a launcher started; in each of them:"
+    return f"start {count} new interpreters, each with a copy of model, data and settings; in each of them:"
+
+
+def averaged_text(count: int, window: bool) -> str | None:
+    """What is done with complete gradients, so that each sample counts the same; None where nothing is."""
+    among = f"average the gradients over the {count} processes" + ("" if window else ", in backward")
+    what = among if count > 1 else "divide the gradients by the sum of weights" if window else None
+    return what and f"{what}, so that each sample counts the same"
+
+
+def dealt_text(s: Settings, count: int) -> str:
+    """How the batches are dealt out."""
+    if not s.use_distributed_sampler:
+        return "each process reads all that its loaders give"
+    return f"process r reads batches r, r + {count}, r + {2 * count}, … of its loaders"
 
 
 def epochs_text(s: Settings) -> str:
@@ -22,3 +59,9 @@ def batches_text(s: Settings) -> str:
     what = "" if limit is None else f" (the first {limit})" if isinstance(limit, int) else f" (a share of {limit})"
     same = ", the same in every epoch" if s.overfit_batches is not None else ""
     return f"for each batch of train_loader{what}{same}:"
+
+
+def window_text(s: Settings) -> str:
+    """How many batches make an update."""
+    n = s.accumulate_grad_batches
+    return f"{n} batches" if isinstance(n, int) else f"as many batches as {n} says from epoch to epoch"

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
@@ -88,14 +88,15 @@ def make_accelerator(settings: Settings, configured: dict[str, Any], several: bo
     `several`: the run has several training steps, each of which leaves out some parameters.
 
     Raises:
-        LaunchError: the device is not there, or this machine cannot run the strategy.
+        LaunchError: the device is not there, or this machine cannot run the strategy; or gradients are compressed.
     """
     from accelerate import Accelerator
 
     kind = kind_of(settings)
     _check_half(settings.precision, kind)
-    arguments = {"cpu": kind == "cpu", "mixed_precision": _PRECISION[settings.precision]}
-    arguments |= strategy_arguments(settings, kind, several)
+    arguments: dict[str, Any] = {"cpu": kind == "cpu", "mixed_precision": _PRECISION[settings.precision]}
+    arguments |= strategy_arguments(settings, kind, several) | configured
+    _refuse_compression(arguments.get("kwargs_handlers") or ())
     if isinstance(settings.devices, list) and len(settings.devices) == 1 and kind == "cuda" and not joined():
         torch.cuda.set_device(settings.devices[0])
         os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{settings.devices[0]}"
@@ -104,7 +105,7 @@ def make_accelerator(settings: Settings, configured: dict[str, Any], several: bo
     bf16 = os.environ.get("XLA_USE_BF16")
     try:
         with xla.kept_out(kind):
-            accelerator = Accelerator(**(arguments | configured))
+            accelerator = Accelerator(**arguments)
     finally:
         os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
         if threads is None:
@@ -131,7 +132,7 @@ def strategy_arguments(settings: Settings, kind: str, several: bool) -> dict[str
     """The arguments of `Accelerator` that `strategy` means.
 
     Raises:
-        LaunchError: this machine cannot run it; accelerate would run another one in silence.
+        LaunchError: this machine cannot run it, where accelerate would run another one in silence; or it compresses.
         SettingsError: it is no plugin of accelerate.
     """
     from accelerate.utils import DistributedDataParallelKwargs
@@ -140,6 +141,7 @@ def strategy_arguments(settings: Settings, kind: str, several: bool) -> dict[str
     if strategy in ("auto", "ddp"):
         return {"kwargs_handlers": [DistributedDataParallelKwargs(find_unused_parameters=True)]} if several else {}
     if isinstance(strategy, DistributedDataParallelKwargs):
+        _refuse_compression([strategy])
         return {"kwargs_handlers": [strategy]}
     name = strategy if isinstance(strategy, str) else _PLUGINS.get(type(strategy).__name__)
     if name is None:
@@ -151,6 +153,22 @@ def strategy_arguments(settings: Settings, kind: str, several: bool) -> dict[str
     if kind != "cuda":
         raise LaunchError(f"strategy={name!r} needs GPUs, and this run is on the {kind}; there 'ddp' can be run")
     raise LaunchError(f"strategy={name!r} is not available yet; available: 'auto', 'ddp'")
+
+
+def _refuse_compression(handlers: Iterable[object]) -> None:
+    """What the processes agree on is a gradient of its own (ballot.py), which must arrive as it was sent."""
+    from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
+
+    for handler in handlers:
+        if not isinstance(handler, DistributedDataParallelKwargs):
+            continue
+        for name in ("comm_hook", "comm_wrapper"):
+            hook = getattr(handler, name)
+            if hook != DDPCommunicationHookType.NO:
+                raise LaunchError(
+                    f"{name}={hook}: what the processes tell each other (the weights of batches, the time, who asks to "
+                    "stop) travels with the gradients and would be rounded with them, or overflow; leave it out"
+                )
 
 
 _PLUGINS = {"FullyShardedDataParallelPlugin": "fsdp", "DeepSpeedPlugin": "deepspeed"}

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightdeco as ld
 from lightdeco import seeds
 from lightdeco.explain import eject
-from tests.models import QUIET, Net, equal, weights
+from tests.models import QUIET, Net, batches, equal, weights
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 11
@@ -495,3 +495,9 @@ def test_a_metric_that_the_script_does_not_have_is_refused(interval: Any, monito
 
     with pytest.raises(ld.SettingsError, match=said):
         eject(Plateau(), DataLoader(points(50), 5), max_epochs=1, **QUIET)
+
+
+def test_several_processes_are_refused() -> None:
+    """A script is for one process."""
+    with pytest.raises(ld.SettingsError, match=r"devices=2: fit would train in 2 processes here.*devices=1"):
+        ld.eject(Net(), batches(), max_epochs=1, devices=2, accelerator="cpu")

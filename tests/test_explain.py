@@ -260,3 +260,21 @@ def test_parts_of_a_batch_precision_memory_and_profiler() -> None:
     assert "weights and inputs in: bf16-true" in text
     assert "profiler='simple'" in text
     assert "autocast" not in text
+
+
+def test_several_processes_are_told() -> None:
+    """Where processes come from, how batches are dealt out, when gradients are averaged, what comes back."""
+    text = ld.explain(Net(), batches(), max_epochs=1, devices=3, accelerator="cpu")
+    lines = [line.strip() for line in text.splitlines()]
+    order = [
+        "start 3 new interpreters, each with a copy of model, data and settings; in each of them:",
+        "process r reads batches r, r + 3, r + 6, … of its loaders",
+        "loss.backward()",
+        "average the gradients over the 3 processes, in backward, so that each sample counts the same",
+        "the processes end; the model here gets the trained weights, and fit returns the Run",
+    ]
+    places = [lines.index(line) for line in order]
+    assert places == sorted(places)
+    window = ld.explain(Net(), batches(), max_epochs=1, devices=[0, 1], accumulate_grad_batches=2)
+    assert "average the gradients over the 2 processes, so that each sample counts the same" in window
+    assert "processes" not in ld.explain(Net(), batches(), max_epochs=1, accelerator="cpu")

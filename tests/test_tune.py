@@ -679,3 +679,19 @@ def test_wrong_arguments_of_find_batch_size(wrong: dict[str, Any], message: str)
     with pytest.raises(ld.SettingsError, match=message):
         find_batch_size(Hungry(), loaders(), **wrong)
     assert SIZES == []
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def test_searches_run_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warning says so where several were asked for; in a process of a launcher the searches are refused."""
+    with pytest.warns(ld.LightdecoWarning, match=r"devices=2 has no effect in ld\.lr_find"):
+        assert len(ld.lr_find(Net(), batches(), steps=4, devices=2, accelerator="cpu").losses) == 4
+    variables = {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ld.LaunchError, match=r"ld\.lr_find searches in one process, and a launcher started several"):
+        ld.lr_find(Net(), batches(), steps=4)
+    with pytest.raises(ld.LaunchError, match=r"ld\.find_batch_size searches in one process"):
+        ld.find_batch_size(Net(), DataLoader(TensorDataset(torch.randn(4, 4)), batch_size=2))

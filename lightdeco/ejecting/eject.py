@@ -10,6 +10,7 @@ from torch import nn
 from lightdeco import launch
 from lightdeco.errors import LightdecoError, MarkError, SettingsError
 from lightdeco.hooks import Hook
+from lightdeco.joined import place
 from lightdeco.opening import opened
 from lightdeco.optim import is_plateau
 from lightdeco.plan import Plan
@@ -90,6 +91,11 @@ def _recording(plan: Plan, seen: list[Any]) -> Plan:
 
 def _refuse(plan: Plan, settings: Settings) -> None:
     """Refuse what a plain script cannot have."""
+    if (processes := max(launch.count(settings), place().world_size)) > 1:
+        raise SettingsError(
+            f"devices={settings.devices!r}: fit would train in {processes} processes here, and eject writes a script "
+            "for one; give devices=1"
+        )
     for hook in plan.hooks:
         if hook.mark.manual or hook.role.name in ("split_batch", "configure_accelerator"):
             raise MarkError(

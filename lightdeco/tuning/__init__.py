@@ -58,7 +58,8 @@ def lr_find(
     """Train with a learning rate that rises from step to step, and return the losses and a suggestion.
 
     The learning rate range test of Smith (2015, arXiv:1506.01186). Model, data, callbacks and random state are
-    afterwards as before. Schedulers are left out, validation is off, nothing is logged or saved.
+    afterwards as before. Schedulers are left out, validation is off, nothing is logged or saved. It searches in this
+    process alone, whatever `devices` is.
 
     Args:
         data: what `fit` takes; no iterator, since it could not be put back.
@@ -72,6 +73,7 @@ def lr_find(
         SettingsError: a wrong argument.
         DataError: `data` is an iterator.
         MarkError: the optimizer has no learning rate; and whatever `fit` raises.
+        LaunchError: a launcher started this process as one of several.
 
     >>> import torch, lightdeco as ld
     >>> from lightdeco import lr_find
@@ -239,13 +241,14 @@ def find_batch_size(
             second one needs more memory: at least 2 are sensible.
         attribute: the name of the attribute with the batch size.
 
-    The number of samples is the upper bound: a size at which all of them are one batch ends the search. Sizes are per
-    process. What a trial raises besides running out of memory is raised as it is.
+    The number of samples is the upper bound: a size at which all of them are one batch ends the search. It searches in
+    this process alone; sizes are per process. What a trial raises besides running out of memory is raised as it is.
 
     Raises:
         SettingsError: a wrong argument.
         DataError: the batch size of `data` cannot be changed, or the loaders do not read the attribute.
         LightdecoError: not even one sample fits.
+        LaunchError: a launcher started this process as one of several.
     """
     check_choice("find_batch_size", mode, get_args(Search))
     counts = {"start": start, "max_trials": max_trials, "steps": steps}

@@ -10,10 +10,11 @@ from typing import Any, Final, cast
 
 from torch import nn
 
-from lightdeco import seeds
+from lightdeco import launch, seeds
 from lightdeco.attach import attach
-from lightdeco.errors import SettingsError, nearest, warn
+from lightdeco.errors import LaunchError, SettingsError, nearest, warn
 from lightdeco.hooks import read
+from lightdeco.joined import joined
 from lightdeco.optim import read_optimizers
 from lightdeco.settings import Settings, resolve
 
@@ -54,7 +55,7 @@ def searching(
     own: Mapping[str, Any],
 ) -> Iterator[tuple[Settings, Callable[[], None]]]:
     """The settings of a search, and what puts everything back, which also happens at the end."""
-    resolved = resolve(settings, overrides)
+    resolved = _on_one_process(verb, resolve(settings, overrides))
     decided = _QUIET | dict(own)
     for name, value in overrides.items():
         if name in decided or name == "root_dir":
@@ -66,6 +67,22 @@ def searching(
         stack.enter_context(seeds.preserved())
         snapshot = stack.enter_context(kept([model, *callbacks], [data]))
         yield replace(resolved, callbacks=[*callbacks, callback], **decided), snapshot.restore
+
+
+def _on_one_process(verb: str, settings: Settings) -> Settings:
+    """The settings for a search in this process alone.
+
+    Raises:
+        LaunchError: a launcher started this process as one of several; and whatever `devices` cannot have.
+    """
+    if joined():
+        raise LaunchError(f"ld.{verb} searches in one process, and a launcher started several; run it without one")
+    devices = settings.devices
+    if launch.count(settings) == 1:
+        return settings
+    if devices not in ("auto", -1):
+        warn(f"devices={devices!r} has no effect in ld.{verb}, which searches in one process")
+    return replace(settings, devices=devices[:1] if isinstance(devices, list) else 1)
 
 
 def without_schedulers(model: nn.Module) -> None:
