@@ -247,8 +247,7 @@ def find_batch_size(
     Raises:
         SettingsError: a wrong argument.
         DataError: the batch size of `data` cannot be changed, or the loaders do not read the attribute.
-        LightdecoError: not even one sample fits.
-        LaunchError: a launcher started this process as one of several.
+        LightdecoError: not even one sample fits; a launcher started several processes.
     """
     check_choice("find_batch_size", mode, get_args(Search))
     counts = {"start": start, "max_trials": max_trials, "steps": steps}
