@@ -215,7 +215,8 @@ class Peers(Alone):
 
     def sync(self, on: bool) -> None:
         """Whether the next backward averages the gradients."""
-        self._wrapped.require_backward_grad_sync = on  # type: ignore[assignment]
+        if isinstance(self._wrapped, DistributedDataParallel):
+            self._wrapped.require_backward_grad_sync = on
 
     # ---- without gradients -------------------------------------------------------------------------------------------
 
