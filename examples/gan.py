@@ -2,6 +2,7 @@
 
     python examples/gan.py
     python examples/gan.py --form manual --epochs 50
+    python examples/gan.py --devices 2          two processes, which share out the batches
 
 Two forms of the same training, which end in the same weights: `Marked` has one training step for each optimizer,
 `Manual` one step that drives both. It prints how well the generated images fill the pixels that real digits fill, and a
@@ -113,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Gan, ld.Run]:
     parser = argparse.ArgumentParser(description="Train a GAN on scikit-learn's digits.")
     parser.add_argument("--form", choices=["marked", "manual"], default="marked")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--root-dir", default="runs", help="where the run's directory is made")
     options = parser.parse_args(arguments)
 
@@ -120,7 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Gan, ld.Run]:
     loader = make_loader()
     ld.seed_everything(SEED)
     model = (Marked if options.form == "marked" else Manual)(options.epochs)
-    run = ld.fit(model, loader, max_epochs=options.epochs, seed=SEED, gradient_clip_val=5.0, root_dir=options.root_dir)
+    settings = {"max_epochs": options.epochs, "devices": options.devices, "root_dir": options.root_dir}
+    run = ld.fit(model, loader, seed=SEED, gradient_clip_val=5.0, **settings)
     ld.seed_everything(SEED)
     with torch.no_grad():
         fake = model.sample(500).cpu()

@@ -32,7 +32,7 @@ class SharedSteps(Steps):
         method, select = self.calls[role]
         positional, keywords = select(offered)
         outputs = method(*positional, **keywords)
-        return (outputs, self.ballot * 1) if role in self._training else outputs
+        return (outputs, self.ballot.view(-1)) if role in self._training else outputs
 
 
 class Cast(torch.autograd.Function):

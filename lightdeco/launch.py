@@ -225,12 +225,27 @@ class Process:
         if settings.accelerator in ("auto", "tpu", "xla") and kind_of(settings) == "xla":
             xla.begin()  # before the caller's random state is looked at
         self._accelerate: list[Any] | None = None
+        self._random: dict[str, Any] | None = None
+        self._inside = 0
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Swap the run's state in, and the caller's back at the end. May be nested."""
-        with seeds.preserved(), self._accelerate_state(), torch_flags(self._settings):
+        with seeds.preserved(), self._random_state(), self._accelerate_state(), torch_flags(self._settings):
             yield
+
+    @contextmanager
+    def _random_state(self) -> Iterator[None]:
+        """Go on from the state that the run had when it was left; the first time from the caller's."""
+        if self._random is not None and not self._inside:
+            seeds.set_random_state(self._random)
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._random = seeds.random_state()
 
     @contextmanager
     def _accelerate_state(self) -> Iterator[None]:

@@ -177,6 +177,11 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def gradients_of(optimizer: Optimizer) -> list[Tensor]:
+    """The gradients of those that have one."""
+    return [p.grad for p in parameters_of(optimizer) if p.grad is not None]
+
+
 def needs_closure(optimizer: Optimizer) -> bool:
     """Whether `optimizer.step` cannot be called without a closure (LBFGS)."""
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
@@ -194,7 +199,7 @@ def clip(optimizer: Optimizer, value: float, algorithm: str) -> None:
 
 def finite_gradients(optimizer: Optimizer) -> Tensor:
     """Whether the norm of all gradients is finite: a 0-dim bool on their device."""
-    grads = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
+    grads = gradients_of(optimizer)
     return torch.isfinite(nn.utils.get_total_norm(grads))
 
 
@@ -266,8 +271,7 @@ class Window:
             total = torch.where(total == 0, torch.ones_like(total), total)  # all gradients are 0 then
         elif total == 0:
             raise StepError('every "weight" of an accumulation window was 0; leave such batches out of the data')
-        grads = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
-        torch._foreach_div_(grads, total)
+        torch._foreach_div_(gradients_of(optimizer), total)
 
 
 # ---- schedules -------------------------------------------------------------------------------------------------------

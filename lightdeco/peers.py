@@ -19,7 +19,7 @@ from .data import batch_size_of
 from .data.loader import Loader
 from .errors import StepError, warn
 from .group import Group
-from .optim import Window, parameters_of
+from .optim import Window, gradients_of, parameters_of
 from .run import Run
 from .signals import ENDS, Signals
 from .windows import SharedWindow
@@ -104,6 +104,8 @@ class Peers(Alone):
         self._ballot: nn.Parameter | None = None
         self._stop, self._seconds = False, 0.0
         self._late: list[tuple[Tensor, Any]] = []
+        #: The wishes of the last step, and the same as a tensor.
+        self._wishes, self._template = list[float](), torch.empty(0)
 
     @property
     def stop(self) -> bool:
@@ -141,9 +143,9 @@ class Peers(Alone):
         self._trained = trained
 
     def wishes(self) -> list[float]:
-        """What this process asks for: a list of `SIZE` numbers, its part of the sum."""
+        """What this process asks for: a list of `SIZE` numbers, its part of the sum; seconds by tenths."""
         heard = self.signals.heard
-        seconds = monotonic() - self.started if self.group.rank == 0 else 0.0
+        seconds = int((monotonic() - self.started) * 10) / 10 if self.group.rank == 0 else 0.0
         signals = [float(heard == number) for number in self._numbers()] if heard is not None else NO_SIGNALS
         return [0.0, 0.0, seconds, float(self.run.should_stop), *signals]
 
@@ -157,7 +159,10 @@ class Peers(Alone):
         wishes = self.wishes() if last else [0.0] * SIZE
         if not isinstance(factor, Tensor):
             wishes[FACTOR] = factor
-        votes = torch.tensor(wishes, dtype=self.slip.dtype, device=self.slip.device)
+        if wishes != self._wishes:  # seldom; on a GPU this waits for it
+            self._wishes = wishes
+            self._template = torch.tensor(wishes, dtype=self.slip.dtype, device=self.slip.device)
+        votes = self._template.clone()  # autograd may take it as it is for the gradient, in which DDP writes
         if isinstance(factor, Tensor):
             votes[FACTOR] = factor
         if self.needs_loss:
@@ -174,10 +179,9 @@ class Peers(Alone):
         votes, self._ballot.grad = self._ballot.grad, None
         if self.needs_loss:
             self.loss = votes[LOSS] / votes[FACTOR]
-        grads = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
         if votes.device.type != "cpu":
             factor = votes[FACTOR]
-            torch._foreach_div_(grads, torch.where(factor == 0, torch.ones_like(factor), factor))
+            torch._foreach_div_(gradients_of(optimizer), torch.where(factor == 0, torch.ones_like(factor), factor))
             self._read_later(votes)
             return
         numbers = votes.tolist()
@@ -185,7 +189,7 @@ class Peers(Alone):
         if numbers[FACTOR] == 0:
             raise StepError('every "weight" of an update was 0, on every process; leave such batches out of the data')
         if numbers[FACTOR] != 1.0:
-            torch._foreach_div_(grads, numbers[FACTOR])
+            torch._foreach_div_(gradients_of(optimizer), numbers[FACTOR])
 
     def average(self, optimizer: Optimizer, factor: Any) -> None:
         """The sum of the optimizer's gradients over all processes, divided by the sum of factors; one all-reduce.
@@ -215,7 +219,9 @@ class Peers(Alone):
 
     def sync(self, on: bool) -> None:
         """Whether the next backward averages the gradients."""
-        self._wrapped.require_backward_grad_sync = on  # type: ignore[assignment]
+        wrapped = self._wrapped  # to set an attribute of a module costs 1 µs
+        if isinstance(wrapped, DistributedDataParallel) and wrapped.require_backward_grad_sync is not on:
+            wrapped.require_backward_grad_sync = on
 
     # ---- without gradients -------------------------------------------------------------------------------------------
 

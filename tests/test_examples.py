@@ -153,3 +153,15 @@ def test_the_character_model_learns(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert run.global_step == 2 * 4
     assert run.progress.updates == {"": 2 * 4 * 15}
     assert len(capsys.readouterr().out.splitlines()[-1]) > 0
+
+
+def test_the_gan_on_two_processes(tmp_path: Path) -> None:
+    """Half as many steps, each with two batches; the discriminator and the generator both learn."""
+    gan = load("gan")
+    model, run = gan.main(["--devices", "2", "--epochs", "4", "--root-dir", str(tmp_path)])
+    assert (run.world_size, run.global_step) == (2, 4 * 15)
+    assert {"train/gen/loss", "train/disc/loss"} <= run.metrics.keys()
+    ld.seed_everything(gan.SEED)
+    fresh = gan.Marked(4)
+    moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True)]
+    assert all(moved)
