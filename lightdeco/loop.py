@@ -237,7 +237,7 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
     with closing(loader.batches(0 if settings.overfit_batches else progress.epoch, progress.batch)) as batches:
         left = s.peers.together(islice(batches, cut(settings, loader, "train", progress.batch)))
         step_seeds = seeds.step_seeds(run.seed, run.rank, progress.micro_batch)
-        for batch, dataloader_idx, last, seed in _numbered(left, loader, size > 1, step_seeds):
+        for batch, dataloader_idx, last, seed in _numbered(left, loader, size > 1, step_seeds, progress.batch > 0):
             beat(progress.global_step, "training")
             batch_idx = progress.batch
             run.batch, run.batch_idx = batch, batch_idx
@@ -309,11 +309,15 @@ def _empty(what: str, used_up: bool) -> DataError:
 
 
 def _numbered(
-    batches: Iterator[Any], loader: Loader, look_ahead: bool, step_seeds: Iterator[int]
+    batches: Iterator[Any], loader: Loader, look_ahead: bool, step_seeds: Iterator[int], resumed: bool
 ) -> Iterator[tuple[Any, int, bool, int]]:
     """(batch, dataloader_idx, whether it is the last, seed); one is read ahead where the last must be known as such."""
     if look_ahead or loader.several:
         following: Iterator[Any] = ((batch, loader.dataloader_idx) for batch in batches)
+        if look_ahead and resumed:  # the first one was read before the checkpoint was written: NumPy's state is newer
+            with seeds.preserved():
+                first = list(islice(following, 1))
+            following = chain(first, following)
         pairs = pairwise(chain(following, (None,))) if look_ahead else zip(following, repeat(()))
         return ((batch, index, after is None, next(step_seeds)) for (batch, index), after in pairs)
     return zip(batches, repeat(0), repeat(False), step_seeds, strict=False)  # the seeds never end
