@@ -1,4 +1,4 @@
-"""What each logger still has after SIGKILL: a process logs 200 steps and is killed; its files are read back.
+"""What each logger and `metrics.jsonl` still has after SIGKILL: 200 steps are logged, then the files are read back.
 
     python benchmarks/logger_kill.py [name …]
 
@@ -24,6 +24,7 @@ from typing import Any
 
 from lightdeco import loggers
 from lightdeco.errors import LoggerError
+from lightdeco.loggers.metrics_file import MetricsFile, read
 
 STEPS = 200
 
@@ -44,10 +45,15 @@ def child(name: str, folder: Path) -> None:
     """Log until killed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fan = loggers.Loggers(loggers.create(make(name, folder), folder))
+        file = MetricsFile(folder / "metrics.jsonl") if name == "metrics.jsonl" else None
+        fan = loggers.Loggers(loggers.create(None if file else make(name, folder), folder))
     print("opened", flush=True)
     for step in range(STEPS):
-        fan.log_metrics({"train/loss": 1.0 / (step + 1), "step": float(step)}, step)
+        values = {"train/loss": 1.0 / (step + 1), "step": float(step)}
+        if file is not None:
+            file.write({"stage": "train", "epoch": 0, "time": time.time(), **values})
+        else:
+            fan.log_metrics(values, step)
         time.sleep(0.01)
     print("done", flush=True)
     time.sleep(120)
@@ -59,6 +65,11 @@ def read_tensorboard(folder: Path) -> int:
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return len(events.Scalars("train/loss")) if "train/loss" in events.Tags()["scalars"] else 0
+
+
+def read_jsonl(folder: Path) -> int:
+    """Records of the file that every run writes."""
+    return len(read(folder / "metrics.jsonl"))
 
 
 def read_csv(folder: Path) -> int:
@@ -119,6 +130,7 @@ def read_mlflow(folder: Path) -> int:
 
 
 READ: dict[str, Callable[[Path], int]] = {
+    "metrics.jsonl": read_jsonl,
     "tensorboard": read_tensorboard,
     "csv": read_csv,
     "wandb": read_wandb,

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from .signals import ENDS
 from .steps import Steps
 
-#: The places in what is agreed on: factor of the loss, factor times loss, seconds of rank 0, "stop", each signal.
+#: The places in what is agreed on: factor of the loss, factor times loss, seconds of rank 0, "stop", and then each
+#: signal that ends a run, the one that requeues last.
 FACTOR, LOSS, SECONDS, STOP, SIGNALS = range(5)
-SIZE: Final = SIGNALS + len(ENDS)
+SIZE: Final = SIGNALS + len(ENDS) + 1
+NO_SIGNALS: Final = [0.0] * (SIZE - SIGNALS)
 
 
 class SharedSteps(Steps):

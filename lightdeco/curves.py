@@ -65,6 +65,8 @@ def kind(name: str) -> str:
     first, _, rest = name.partition("/")
     if first == "throughput" and rest:
         return name  # samples and batches per second have units of their own
+    if "/grad_norm/" in name:  # of one module
+        return "grad_norm"
     return first if first in _FIRST else name.rpartition("/")[2].removesuffix("_epoch") or name
 
 
@@ -86,10 +88,12 @@ def is_noisy(name: str, points: Curve) -> bool:
 def mode(name: str) -> str | None:
     """Whether less ("min") or more ("max") of a metric is better, or None where its name does not tell.
 
-    >>> mode("val/loss"), mode("val/top5_acc"), mode("lr")
-    ('min', 'max', None)
+    >>> mode("val/loss"), mode("val/top5_acc"), mode("lr"), mode("train/loss_spikes")
+    ('min', 'max', None, None)
     """
     words = set(kind(name).lower().replace("-", "_").split("_"))
+    if "spikes" in words:  # a number of values, not a value
+        return None
     return "min" if words & _LESS else "max" if words & _MORE else None
 
 

@@ -1,7 +1,6 @@
 """Devices, precision and strategy -> an Accelerator; what is put back after a verb."""
 
 import functools
-import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -45,6 +44,9 @@ def count(settings: Settings) -> int:
             "each with torchrun, accelerate launch or srun, see docs/clusters.md"
         )
     kind, devices = kind_of(settings), settings.devices
+    strategy_arguments(settings, kind, several=False)  # refused before anything starts
+    if settings.precision != "16-true" or kind != "cuda":
+        _check_half(settings.precision, kind)
     if kind == "cuda":
         there = torch.cuda.device_count()
         wanted = there if devices in ("auto", -1) else devices if isinstance(devices, int) else len(list(devices))
@@ -147,23 +149,11 @@ def strategy_arguments(settings: Settings, kind: str, several: bool) -> dict[str
             f"accelerate: {known}"
         )
     if kind != "cuda":
-        raise LaunchError(f"strategy={name!r} needs GPUs, and this run is on the {kind}; on it 'ddp' can be run")
-    if several:
-        raise LaunchError(f"strategy={name!r} cannot train with several optimizers; use 'ddp'")
-    if name == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
-        raise LaunchError("strategy='deepspeed' needs deepspeed: pip install deepspeed")
-    return {f"{name}_plugin": _plugin(name) if isinstance(strategy, str) else strategy}
+        raise LaunchError(f"strategy={name!r} needs GPUs, and this run is on the {kind}; there 'ddp' can be run")
+    raise LaunchError(f"strategy={name!r} is not available yet; available: 'auto', 'ddp'")
 
 
 _PLUGINS = {"FullyShardedDataParallelPlugin": "fsdp", "DeepSpeedPlugin": "deepspeed"}
-
-
-def _plugin(name: str) -> Any:
-    from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
-
-    if name == "fsdp":
-        return FullyShardedDataParallelPlugin(fsdp_version=2)
-    return DeepSpeedPlugin(zero_stage=2)
 
 
 def kind_of(settings: Settings) -> str:
@@ -217,12 +207,27 @@ class Process:
         if settings.accelerator in ("auto", "tpu", "xla") and kind_of(settings) == "xla":
             xla.begin()  # before the caller's random state is looked at
         self._accelerate: list[Any] | None = None
+        self._random: dict[str, Any] | None = None
+        self._inside = 0
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Swap the run's state in, and the caller's back at the end. May be nested."""
-        with seeds.preserved(), self._accelerate_state(), torch_flags(self._settings):
+        with seeds.preserved(), self._random_state(), self._accelerate_state(), torch_flags(self._settings):
             yield
+
+    @contextmanager
+    def _random_state(self) -> Iterator[None]:
+        """Go on from the state that the run had when it was left; the first time from the caller's."""
+        if self._random is not None and not self._inside:
+            seeds.set_random_state(self._random)
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._random = seeds.random_state()
 
     @contextmanager
     def _accelerate_state(self) -> Iterator[None]:

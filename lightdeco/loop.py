@@ -238,7 +238,6 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
         left = s.peers.together(islice(batches, cut(settings, loader, "train", progress.batch)))
         step_seeds = seeds.step_seeds(run.seed, run.rank, progress.micro_batch)
         for batch, dataloader_idx, last, seed in _numbered(left, loader, size > 1, step_seeds, progress.batch > 0):
-            beat(progress.global_step, "training")
             batch_idx = progress.batch
             run.batch, run.batch_idx = batch, batch_idx
             if transfer is not None:
@@ -255,7 +254,6 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
                     if on_before_zero is not None:
                         on_before_zero(optimizer)
                     zero_grad()
-
                 if not single:
                     window.coming(last)
                 reseed(seed)
@@ -278,8 +276,7 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
                     optimizer.step()
                     progress.global_step += 1
                 elif updated or window.complete(last):
-                    inputs = (batch, batch_idx, dataloader_idx, None)
-                    updated = update(s, branch, scaled, inputs, partial(reseed, seed))
+                    updated = update(s, branch, scaled, (batch, batch_idx, dataloader_idx, None), partial(reseed, seed))
 
             if on_end is not None:
                 on_end(batch, batch_idx, dataloader_idx, outputs)
@@ -350,7 +347,7 @@ def _end_epoch(s: Session, interval: int | None) -> None:
 def _save_at_the_end(s: Session) -> None:
     """The last checkpoint; after a signal, the end of the process."""
     if s.signals.received is None:
-        s.finished = s.run.stop_reason
+        s.finished, s.signals.requeues = s.run.stop_reason, None
     s.peers.align(s.run.model)  # DDP gives the others the buffers of rank 0 before a step, so that the last ones differ
     if s.saver is not None:
         s.saver.finish()

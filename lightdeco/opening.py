@@ -44,7 +44,7 @@ def opened(
         writes: make a directory and loggers.
         weights: the checkpoint whose weights an evaluation uses.
     """
-    from . import resuming  # here and below: what has to do with checkpoints is imported when a verb runs
+    from . import requeue, resuming  # here and below: what has to do with checkpoints is imported when a verb runs
 
     process = launch.Process(settings)
     with group.opened(launch.kind_of(settings), settings.process_timeout) as processes:
@@ -57,6 +57,7 @@ def opened(
             run.rank, run.world_size = processes.rank, processes.size
             call = plan.bind(run, run.progress.calls)
             session = Session(plan, settings, given, run, call, process, processes)
+            session.signals.requeues = requeue.wanted() if plan.verb == "fit" else None
         with _ended(session):
             with process.entered(), active(run):
                 _set_up(session, writes, session.stack, resumed)
@@ -67,6 +68,8 @@ def opened(
 @contextmanager
 def _ended(s: Session) -> Iterator[None]:
     """End the run, whatever happens."""
+    from . import requeue
+
     run, process = s.run, s.process
     status, failure = "failed", None
     try:
@@ -89,6 +92,8 @@ def _ended(s: Session) -> Iterator[None]:
             failure = None  # its traceback holds this frame
             s.stack.close()
             run.close(status)
+        if status == "interrupted":
+            requeue.requeue(s.signals, run, s.settings, s.saver)
 
 
 def _set_up(s: Session, writes: bool, stack: ExitStack, resumed: "Resumed | None") -> None:

@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from .ballot import FACTOR, LOSS, SECONDS, SIGNALS, SIZE, STOP, Cast, SharedSteps
+from .ballot import FACTOR, LOSS, NO_SIGNALS, SECONDS, SIGNALS, SIZE, STOP, Cast, SharedSteps
+from .child import beat
+from .data import batch_size_of
 from .data.loader import Loader
 from .errors import StepError, warn
 from .group import Group
@@ -60,6 +63,9 @@ class Alone:
     def align(self, model: nn.Module, weights: bool = False) -> None:
         """Give every process the buffers of rank 0, before an evaluation; `weights`: the parameters too."""
 
+    def refresh(self) -> None:
+        """At the beginning of an epoch: look which parameters require grad."""
+
     def measure(self, loader: Loader) -> None:
         """Look at the training loader, from which the processes read."""
 
@@ -91,8 +97,8 @@ class Peers(Alone):
         #: Whether processes may have different numbers of batches.
         self.uneven = False
         self.loss = torch.zeros(())
-        #: Switches the all-reduce in the next backward on or off.
-        self.sync: Callable[[bool], object] = lambda on: None
+        self._wrapped: nn.Module = nn.Identity()
+        self._trained: frozenset[int] = frozenset()
         #: The ballot as the last forward returned it.
         self.slip: Tensor | None = None
         self._ballot: nn.Parameter | None = None
@@ -108,33 +114,42 @@ class Peers(Alone):
         """Time in training on rank 0, as of the last update."""
         return self._seconds
 
-    def window(self, size: int) -> Window:
+    def window(self, size: int) -> SharedWindow:
         """The micro-batches of one update, on all processes."""
         return SharedWindow(size, self)
 
     # ---- with the gradients ------------------------------------------------------------------------------------------
 
-    def wrap(self, steps: "SharedSteps", wrapped: nn.Module) -> Callable[..., Any]:
-        """The training steps behind what accelerate wrapped around them."""
-        self._ballot = steps.ballot
-        if isinstance(wrapped, nn.parallel.DistributedDataParallel):
-
-            def sync(on: bool) -> None:
-                wrapped.require_backward_grad_sync = on
-
-            self.sync = sync
+    def wrap(self, steps: SharedSteps, wrapped: nn.Module, again: Callable[[nn.Module], nn.Module]) -> Any:
+        """The training steps behind what accelerate wrapped around them; `again` wraps them in DDP anew."""
+        self._ballot, self._wrapped, self._again = steps.ballot, wrapped, again
+        self.refresh()
 
         def step(key: str, *inputs: object) -> Any:
-            outputs, self.slip = wrapped(key, *inputs)
+            outputs, self.slip = self._wrapped(key, *inputs)
             return outputs
 
         return step
+
+    def refresh(self) -> None:
+        """Wrap the steps anew when other parameters require grad than before; DDP would not average them."""
+        trained = frozenset(id(p) for p in self._wrapped.parameters() if p.requires_grad)
+        if trained == self._trained:
+            return
+        if self._trained and isinstance(self._wrapped, DistributedDataParallel):
+            self._wrapped = self._again(self._wrapped.module)
+        self._trained = trained
 
     def wishes(self) -> list[float]:
         """What this process asks for: a list of `SIZE` numbers, its part of the sum."""
         heard = self.signals.heard
         seconds = monotonic() - self.started if self.group.rank == 0 else 0.0
-        return [0.0, 0.0, seconds, float(self.run.should_stop), *(float(heard == number) for number in ENDS)]
+        signals = [float(heard == number) for number in self._numbers()] if heard is not None else NO_SIGNALS
+        return [0.0, 0.0, seconds, float(self.run.should_stop), *signals]
+
+    def _numbers(self) -> tuple[int | None, ...]:
+        """The signals that are heard, in the order of the ballot."""
+        return (*ENDS, self.signals.requeues)
 
     def cast(self, loss: Tensor, factor: Any, last: bool) -> Tensor:
         """The loss times its factor, connected with the ballot; the wishes go with the last one of an update."""
@@ -198,6 +213,10 @@ class Peers(Alone):
             if count:
                 p.grad = grad.view_as(p).to(p.dtype, copy=True)
 
+    def sync(self, on: bool) -> None:
+        """Whether the next backward averages the gradients."""
+        self._wrapped.require_backward_grad_sync = on  # type: ignore[assignment]
+
     # ---- without gradients -------------------------------------------------------------------------------------------
 
     def agree(self) -> None:
@@ -220,7 +239,8 @@ class Peers(Alone):
     def measure(self, loader: Loader) -> None:
         """Agree on the weight of an ordinary batch, and on whether the processes can have different numbers of them."""
         sizes = loader.batch_sizes
-        self.unit = float(self.group.same(sizes[0] if len(sizes) == 1 and sizes[0] else 1))
+        size = sizes[0] if len(sizes) == 1 and sizes[0] else batch_size_of(loader.first)
+        self.unit = float(self.group.same(size or 1))
         lengths = self.group.gather(loader.length if loader.exact else None)
         self.uneven = None in lengths or len(set(lengths)) > 1
 
@@ -240,15 +260,14 @@ class Peers(Alone):
 
     def together(self, batches: Any) -> Any:
         """Where processes may have different numbers of batches, they ask each other before each one."""
-        if not self.uneven:
-            yield from batches
-            return
         for batch in batches:
-            if not self._all(True):
+            beat(self.run.global_step, "training")
+            if self.uneven and not self._all(True):
                 warn("the processes have different numbers of batches: what some have more is left out of the epoch")
                 return
             yield batch
-        self._all(False)
+        if self.uneven:
+            self._all(False)
 
     def _all(self, there: bool) -> bool:
         flag = torch.tensor(float(there), device=self.run.device)
@@ -262,13 +281,16 @@ class Peers(Alone):
         self._seconds = means[SECONDS] * self.size
         if means[STOP]:
             self._stop = self.run.should_stop = True
-        for number, wished in zip(ENDS, means[SIGNALS:SIZE], strict=True):
+        if not any(means[SIGNALS:SIZE]):
+            return
+        for number, wished in zip(self._numbers(), means[SIGNALS:SIZE], strict=True):
             if wished and self.signals.received is None:
                 self.signals.received = number
 
     def _read_later(self, votes: Tensor) -> None:
         """Read the votes of two updates ago, which are there without waiting; the same ones on every process."""
-        copy = votes.to("cpu", non_blocking=True) if votes.device.type != "cuda" else _pinned(votes)
+        pinned = torch.empty(votes.shape, dtype=votes.dtype, pin_memory=votes.device.type == "cuda")
+        copy = pinned.copy_(votes, non_blocking=True)
         event = torch.get_device_module(votes.device).Event()
         event.record()
         self._late.append((copy, event))
@@ -276,8 +298,3 @@ class Peers(Alone):
             numbers, there = self._late.pop(0)
             there.synchronize()
             self._read(numbers.tolist())
-
-
-def _pinned(votes: Tensor) -> Tensor:
-    copy = torch.empty(votes.shape, dtype=votes.dtype, pin_memory=True)
-    return copy.copy_(votes, non_blocking=True)

@@ -88,6 +88,11 @@ class Saver:
         self._score = None
         self._join(final=True)
 
+    def saved(self) -> bool:
+        """Whether a checkpoint holds the run as it is now."""
+        there = self._session.run.last_checkpoint is not None
+        return there and self._thread is None and self._saved == self._position()
+
     def fail(self, error: BaseException) -> None:
         """On an error: write what is held and, where the error came between two updates, the state; never raises."""
         if isinstance(error, CheckpointError) or self._group.rank > 0:

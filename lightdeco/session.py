@@ -50,6 +50,10 @@ class Saving(Protocol):
     def fail(self, error: BaseException) -> None:
         """On an error."""
 
+    def saved(self) -> bool:
+        """Whether a checkpoint holds the run as it is now."""
+        ...
+
     def show(self) -> None:
         """Tell the run which checkpoints there are."""
 
@@ -151,6 +155,7 @@ class Session:
         """Begin the windows of an epoch, and look which parameters each training step leaves alone."""
         size = accumulation(self.settings, self.run.epoch)
         several = len(self.branches) > 1
+        self.peers.refresh()
         for branch in self.branches:
             branch.window = self.peers.window(size)
             branch.others = others(branch.optimizer, self.parameters()) if several else []

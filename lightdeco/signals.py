@@ -19,7 +19,8 @@ class Signals:
     """SIGTERM and SIGINT: `received` is the first that came, or None.
 
     The handler sets the flag and calls the handler that was there before. A second SIGINT raises `KeyboardInterrupt` at
-    once; a second SIGTERM changes nothing, so that a save that is under way is finished.
+    once; a second SIGTERM changes nothing, so that a save that is under way is finished. `requeues` is one more, after
+    which the job is requeued (`requeue.py`); None: there is none, or the run has come to its end.
     """
 
     def __init__(self) -> None:
@@ -28,6 +29,7 @@ class Signals:
         #: The first that the run is to end for: with several processes, once all have agreed on it.
         self.received: int | None = None
         self.shared = False
+        self.requeues: int | None = None
         self._before: dict[int, Any] = {}
 
     @contextmanager
@@ -38,7 +40,7 @@ class Signals:
             SystemExit, KeyboardInterrupt: one came, and nothing has ended the run for it yet.
         """
         if threading.current_thread() is threading.main_thread():
-            for number in ENDS:
+            for number in {*ENDS, *([] if self.requeues is None else [self.requeues])}:
                 before = signal.getsignal(number)
                 if before is not signal.SIG_IGN:  # as under nohup
                     self._before[number] = signal.signal(number, self._handle)
@@ -72,8 +74,8 @@ class Signals:
         """End the process as the signal asks; does nothing when none came.
 
         Raises:
-            SystemExit: with status 143 after SIGTERM.
+            SystemExit: with status 143 after SIGTERM, 138 after SIGUSR1 in a job of Slurm.
             KeyboardInterrupt: after SIGINT; a script then ends with status 130.
         """
         if self.received is not None:
-            raise ENDS[self.received]()
+            raise ENDS.get(self.received, lambda: SystemExit(128 + (self.received or 0)))()

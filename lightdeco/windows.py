@@ -1,20 +1,37 @@
-"""The micro-batches of one update where several processes train together."""
+"""The micro-batches of one update on several processes."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .optim import Window
 
-if TYPE_CHECKING:
-    from .peers import Peers
+
+class Agreeing(Protocol):
+    """What a window asks of `peers.Peers`."""
+
+    unit: float
+    loss: Tensor
+
+    def sync(self, on: bool) -> None:
+        """Whether the next backward averages the gradients."""
+
+    def cast(self, loss: Tensor, factor: Any, last: bool) -> Tensor:
+        """The loss times its factor, connected with the ballot."""
+        ...
+
+    def count(self, optimizer: Optimizer) -> None:
+        """Divide the gradients by the mean of all factors."""
+
+    def average(self, optimizer: Optimizer, factor: Any) -> None:
+        """The mean of the gradients over all processes."""
 
 
 class SharedWindow(Window):
     """The micro-batches of one update on all processes; their gradients are averaged with the last one's backward."""
 
-    def __init__(self, size: int, peers: "Peers") -> None:
+    def __init__(self, size: int, peers: Agreeing) -> None:
         self._peers = peers
         super().__init__(size)
         self.plain = False
@@ -53,7 +70,7 @@ class SharedWindow(Window):
 class SharedPending(Window):
     """The micro-batches of one update of a manual step, whose gradients are averaged when it is made."""
 
-    def __init__(self, size: int, peers: "Peers") -> None:
+    def __init__(self, size: int, peers: Agreeing) -> None:
         self._peers = peers
         super().__init__(size)
         self.plain = self.single = False

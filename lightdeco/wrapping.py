@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from . import launch, xla
 from .ballot import SharedSteps
@@ -48,7 +49,17 @@ def wrap(s: Session) -> None:
         peers.align(model, weights=True)
         return
     s.steps = steps = SharedSteps(model, calls, training)
-    s.wrapped = peers.wrap(steps, accelerator.prepare_model(steps))
+
+    def again(module: nn.Module) -> nn.Module:
+        handler = accelerator.ddp_handler
+        options = {} if handler is None else handler.to_kwargs()
+        on_gpu = run.device.type == "cuda"
+        wrapped = DistributedDataParallel(module, device_ids=[run.device.index] if on_gpu else None, **options)
+        if handler is not None:
+            handler.register_comm_hook(wrapped)
+        return wrapped
+
+    s.wrapped = peers.wrap(steps, accelerator.prepare_model(steps), again)
 
 
 def _refuse_without_effect(s: Session) -> None:

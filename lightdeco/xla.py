@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from .errors import LaunchError
+from .errors import LaunchError, warn
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,11 +61,27 @@ def require(accelerator: str) -> None:
 
 
 def begin() -> None:
-    """Take the XLA device of this process; from now on its random state is kept like that of the others."""
+    """Take the XLA device of this process; from now on its random state is kept like that of the others.
+
+    Raises:
+        LaunchError: torch's autograd was used before and does not know the device: it counts devices once.
+    """
     global _device
+    if _device is not None:
+        return
     import torch_xla
 
-    _device = _device or torch_xla.device()
+    device = torch_xla.device()
+    try:
+        torch.autograd.backward(torch.zeros((), device=device, requires_grad=True) * 2)
+    except RuntimeError as error:
+        if "device_ready_queues" not in str(error):
+            raise
+        raise LaunchError(
+            "a backward ran in this process before the XLA device was there, and torch's autograd takes up no device "
+            "after that; call torch_xla.device() at the top of the script, or train in a process of its own"
+        ) from None
+    _device = device
 
 
 @contextmanager
@@ -102,6 +118,10 @@ def check(accelerator: "Accelerator", bf16_variable: str | None) -> None:
         accelerator.native_amp = True
         if bf16_variable is None:
             os.environ.pop("XLA_USE_BF16", None)
+    import torch_xla
+
+    if (count := torch_xla.device_count()) > 1:
+        warn(f"there are {count} XLA devices here and this run uses one; runs on several are not available")
 
 
 @contextmanager

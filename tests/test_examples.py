@@ -70,6 +70,28 @@ def test_digits_equals_plain_pytorch(kind: str, capsys: pytest.CaptureFixture[st
     assert f"{run.metrics['val/loss']:.4f}" == last[:6]
 
 
+def test_digits_shown_shows_each_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Figure, images, histograms and tables are there for each epoch; a logger that cannot show them says so."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sys.path.insert(0, str(EXAMPLES))  # as it is when the file is run
+    try:
+        shown = load("digits_shown")
+        with pytest.warns(ld.LightdecoWarning, match="the logger 'csv' has no log_"):
+            _, run = shown.main(["--epochs", "2", "--logger", "tensorboard", "csv", "--root-dir", str(tmp_path)])
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    events = EventAccumulator(str(run.dir), size_guidance={"images": 0, "tensors": 0}).Reload()
+    assert [event.step for event in events.Images("val/confusion")] == [38, 76]
+    assert (events.Images("val/confusion")[0].width, events.Images("val/misread")[0].width) == (500, 400)
+    assert events.Tags()["histograms"] == ["weights/net.1.weight", "weights/net.3.weight", "weights/net.6.weight"]
+    table = events.Tensors("val/predictions/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert table.startswith("| image | is | read as | sure |")
+    assert len(table.splitlines()) == 2 + 32
+    assert "train/grad_norm/net.3" in run.metrics
+    assert "validation accuracy" in capsys.readouterr().out
+
+
 def write_mnist(folder: Path, num_train: int, num_test: int) -> None:
     """Files of MNIST's format with random images, where torchvision looks for them."""
     raw = folder / "MNIST" / "raw"

@@ -74,6 +74,11 @@ class Loader:
         """Which loader of a sequential `CombinedLoader` the last batch came from; 0 for every other loader."""
         return self._source.dataloader_idx
 
+    @property
+    def first(self) -> Any:
+        """The first batch of a list or tuple, which is there unread; None for every other loader."""
+        return self._source.first if isinstance(self._source, _Listed) else None
+
     def batches(self, epoch: int, start: int = 0) -> Batches:
         """The batches of an epoch from position `start` on, as a generator; closing it ends non-persistent workers.
 
@@ -143,6 +148,10 @@ class _Listed:
 
     def __init__(self, given: list[Any] | tuple[Any, ...]) -> None:
         self._given = given
+
+    @property
+    def first(self) -> Any:
+        return self._given[0] if self._given else None
 
     def batches(self, seed: int, epoch: int, start: int) -> Batches:
         yield from self._given[start:] if start else self._given

@@ -190,8 +190,26 @@ def _read(clone: Any, order: int) -> Batches:
     iterator = iter(clone)
     try:
         yield from iterator
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        _tell_dead(iterator, error)
+        raise
     finally:
         release(iterator, clone)
+
+
+def _tell_dead(iterator: Any, error: Exception) -> None:
+    """Say it as torch does when a worker died, also where it died while it sent a batch: torch then names a socket.
+
+    Raises:
+        RuntimeError: a worker is no longer alive.
+    """
+    for worker in getattr(iterator, "_workers", ()):
+        worker.join(timeout=0.5)  # the kernel closes the socket of one that is killed before it is seen to be dead
+        if not worker.is_alive():
+            raise RuntimeError(
+                f"DataLoader worker (pid {worker.pid}) exited unexpectedly with status {worker.exitcode}, "
+                "while it sent a batch"
+            ) from error
 
 
 def release(iterator: Any, loader: Any) -> None:

@@ -27,6 +27,12 @@ _DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
         "auto_resource_monitoring": False,
     },
     "dvclive": {"monitor_system": False, "save_dvc_exp": False},
+    "trackio": {"auto_log_cpu": False, "auto_log_gpu": False},
+}
+# SwanLab would keep the command line as it is, with the secrets in it, the output, packages and the machine's name.
+_SWANLAB: Final = {
+    "probe": dict.fromkeys(("hardware", "runtime", "requirements", "conda", "git", "swanlab", "monitor"), False),
+    "terminal": {"proxy_type": "none"},
 }
 
 
@@ -79,6 +85,10 @@ class Tracker:
 
         made: Any = getattr(tracking, _CLASSES[self.name])
         options = {**_DEFAULTS.get(self.name, {}), **self.options}
+        if self.name == "swanlab" and "settings" not in options:
+            settings = vendor.load("swanlab").Settings
+            known = getattr(settings, "model_fields", {})
+            options["settings"] = settings(**{name: value for name, value in _SWANLAB.items() if name in known})
         if self.name == "dvclive":
             options = {"dir": str(directory / "dvclive"), **options}
         if made.requires_logging_directory:

@@ -71,6 +71,7 @@ function layout(i) {
   return {margin: {l: 44, r: 8, t: 6, b: 34}, showlegend: false, hovermode: "x unified", shapes: shapes,
     dragmode: touch ? false : "zoom",
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: {color: colour("--ink"), family: "inherit"},
+    modebar: {bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--ink")},
     hoverlabel: {bgcolor: colour("--card"), bordercolor: colour("--line"), font: {color: colour("--ink"), size: 12}},
     xaxis: axis({title: {text: "step", font: {color: colour("--soft"), size: 11}, standoff: 4}, nticks: 7,
       unifiedhovertitle: {text: "step %{x}"}}),

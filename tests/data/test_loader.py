@@ -2,7 +2,9 @@
 
 import gc
 import multiprocessing
+import os
 import random
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +28,7 @@ from torch.utils.data import (
 )
 
 from lightdeco import seeds
+from lightdeco.data import rebuilt
 from lightdeco.data.combined import CombinedLoader
 from lightdeco.data.loader import Loader
 from lightdeco.data.sharing import Share
@@ -766,3 +769,29 @@ def test_a_process_reads_only_its_own_samples() -> None:
     dataset = Augmented(10)
     list(Loader(make(dataset, batch_size=2), SEED, share=Share(1, 2)).batches(0))
     assert dataset.reads == 4
+
+
+class Dying:
+    """A loader and its iterator, whose only worker (a real process) was killed while a batch was on its way."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator()
+        worker = multiprocessing.get_context("fork").Process(target=signal.pause)
+        worker.start()
+        os.kill(worker.pid or 0, signal.SIGKILL)
+        self._workers = [worker]
+
+    def __iter__(self) -> "Dying":
+        return self
+
+    def __next__(self) -> Any:
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+
+def test_a_worker_that_dies_while_it_sends_is_named() -> None:
+    """torch then only says that a connection was reset; what is raised is what torch raises at any other moment."""
+    with pytest.raises(
+        RuntimeError, match=r"DataLoader worker \(pid \d+\) exited unexpectedly with status -9"
+    ) as caught:
+        next(rebuilt._read(Dying(), 0))
+    assert isinstance(caught.value.__cause__, ConnectionResetError)

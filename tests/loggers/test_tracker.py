@@ -2,6 +2,8 @@
 
 import csv
 import importlib.util
+import json
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +54,80 @@ def test_aim_holds_every_metric(train: Train) -> None:
     """Aim's repository holds each metric at its step and the hyperparameters."""
     aim: Any = pytest.importorskip("aim")
     run = train("aim", kinds="")
+    from aim.sdk.index_manager import RepoIndexManager
+    from aim.storage.context import Context
+
+    repo = aim.Repo(str(run.dir))
+    for name in repo.list_all_runs():  # what `aim up` does before it shows anything
+        assert RepoIndexManager.get_index_manager(repo).index(name)
     (found,) = aim.Repo(str(run.dir)).iter_runs()
     for name, points in curves(run, finite=True).items():
-        steps, values = found.get_metric(name, aim.sdk.Context({})).values.sparse_numpy()
-        assert list(zip(steps.tolist(), values.tolist(), strict=True)) == points
+        items = found.get_metric(name, Context({})).data.items()
+        assert [(step, value) for step, (value, *_) in items] == points
     assert found["hparams"]["lr"] == 0.1
     assert found["hparams"]["api_key"] == "***"
+
+
+def test_swanlab_holds_every_metric(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SwanLab's local files hold each metric at its step and the configuration, and tell nothing of the machine."""
+    pytest.importorskip("swanlab")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["train.py", "--token", "hush-command"])
+    run = train(Tracker("swanlab", mode="local", log_dir=str(tmp_path / "swanlog")), kinds="")
+    (folder,) = (tmp_path / "swanlog").glob("run-*")
+    found = []
+    for path in folder.glob("logs/*/*.log"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        found.append([(line["index"], line["data"]) for line in lines if line["data"] not in ("NaN", None)])
+    expected = curves(run, finite=True).values()
+    assert all(points in found for points in expected), found
+    config = (folder / "files" / "config.yaml").read_text()
+    assert "lightdeco.settings.max_epochs" in config
+    files = {path.name: path.read_bytes() for path in (tmp_path / "swanlog").rglob("*") if path.is_file()}
+    assert "requirements.txt" not in files
+    assert [name for name, data in files.items() if b"hush-command" in data or b'"hostname"' in data] == []
+
+
+def test_trackio_holds_every_metric(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trackio's database holds each metric at its step, and the configuration."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pytest.importorskip("trackio")
+    run = train(Tracker("trackio", "proj"), kinds="")
+    with sqlite3.connect(tmp_path / "trackio" / "proj.db") as database:
+        rows = database.execute("select step, metrics from metrics order by id").fetchall()
+        ((config,),) = database.execute("select config from configs").fetchall()
+    found: dict[str, list[tuple[int, float]]] = {}
+    for step, metrics in rows:
+        for name, value in json.loads(metrics).items():
+            if isinstance(value, float) and value == value:
+                found.setdefault(name, []).append((step, value))
+    assert found == curves(run, finite=True)
+    kept = json.loads(config)
+    assert (kept["lr"], kept["api_key"], kept["lightdeco.settings.max_epochs"]) == (0.1, "***", 2)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_clearml_holds_every_metric(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ClearML's offline session holds each metric at its step (NaN as 0, its own doing), and the configuration."""
+    monkeypatch.setenv("CLEARML_OFFLINE_MODE", "1")
+    monkeypatch.setenv("CLEARML_CACHE_DIR", str(tmp_path / "clearml"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pytest.importorskip("clearml")
+    run = train(Tracker("clearml", "proj", close_timeout=120), kinds="")
+    (folder,) = (path for path in (tmp_path / "clearml").glob("**/offline-*") if path.is_dir())
+    found: dict[str, list[tuple[int, float]]] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        for event in json.loads(line):
+            value = event.get("value")
+            if not event["metric"].startswith("train/none"):
+                found.setdefault(event["metric"] + "|" + event["variant"], []).append((event["iter"], value))
+    expected = curves(run, finite=True)
+    assert sorted(map(sorted, found.values())) == sorted(map(sorted, expected.values())), found.keys()
+    task = json.loads((folder / "task.json").read_text())
+    configuration = task["configuration"]["General"]["value"]
+    assert "lightdeco.settings.max_epochs" in configuration
+    assert "abc" not in configuration
 
 
 def test_two_runs_of_one_object(train: Train) -> None:

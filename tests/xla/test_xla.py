@@ -1,5 +1,8 @@
 """XLA (a TPU, or its client for CPUs): randomness, one program per batch, checkpoints, the CPU beside it."""
 
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,13 @@ from tests.models import QUIET, Net, batches, equal, weights
 from tests.test_examples import load
 
 pytestmark = pytest.mark.xla
+
+
+@pytest.fixture(autouse=True)
+def device() -> None:
+    """The device is taken before any other test of this process runs a backward."""
+    xla.begin()
+
 
 BATCHES = batches(60)
 
@@ -126,6 +136,55 @@ def test_evaluations(inference_mode: bool) -> None:
     assert output.device.type == "xla"
     model.cpu()
     torch.testing.assert_close(output.cpu(), model(batches(1)[0][0]), rtol=1e-4, atol=1e-5)
+
+
+ONE_OF_TWO = """
+import warnings
+import lightdeco as ld
+from tests.models import QUIET, Net, batches
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always", ld.LightdecoWarning)
+    run = ld.fit(Net(), batches(3), max_epochs=1, **QUIET)
+print(run.device, run.global_step, [str(w.message) for w in caught if w.category is ld.LightdecoWarning])
+"""
+
+
+@pytest.mark.slow
+def test_of_two_devices_one_is_used_and_a_warning_says_so(tmp_path: Path) -> None:
+    """In a process of its own, since the number of devices is the process's."""
+    environment = os.environ | {"CPU_NUM_DEVICES": "2", "PYTHONPATH": str(Path(__file__).parents[2])}
+    if environment.get("PJRT_DEVICE") != "CPU":
+        pytest.skip("needs XLA's client for CPUs, whose number of devices can be set: PJRT_DEVICE=CPU")
+    command = [sys.executable, "-c", ONE_OF_TWO]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("xla:0 3 ['there are 2 XLA devices here and this run uses one;")
+
+
+BACKWARD_FIRST = """
+import sys
+import lightdeco as ld
+from tests.models import QUIET, Net, batches
+if "device" in sys.argv:
+    import torch_xla
+    torch_xla.device()
+for kind in ("cpu", "tpu"):
+    run = ld.fit(Net(), batches(3), max_epochs=1, **QUIET | {"accelerator": kind})
+print(run.device)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["", "device"])
+def test_a_backward_before_the_device_is_there(first: str, tmp_path: Path) -> None:
+    """torch's autograd counts devices at its first backward: said in words, with what to do; which helps."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", BACKWARD_FIRST, first]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    if first:
+        assert done.stdout == "xla:0\n", done.stderr
+    else:
+        assert "LaunchError: a backward ran in this process before" in done.stderr
 
 
 @pytest.mark.slow
