@@ -111,7 +111,8 @@ def opened(kind: str, timeout_minutes: float | None) -> Iterator[Group]:
         store=group_store(),
         rank=place.rank,
         world_size=place.world_size,
-        timeout=timedelta(minutes=timeout_minutes or 30),
+        # Later than the process that started these ones, which can tell who hangs and who only waits.
+        timeout=timedelta(minutes=timeout_minutes or 30, seconds=15),
     )
     try:
         yield group

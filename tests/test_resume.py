@@ -394,3 +394,41 @@ def test_resume_without_files(tmp_path: Path) -> None:
     run = fit(tmp_path, resume="auto", checkpoint=False, max_epochs=2)[1]
     assert run.global_step == 14
     assert [path.name for path in (run.dir / "checkpoints").iterdir()] == ["step=00000007"]
+
+
+class Drawing(Net):
+    """A step that draws from NumPy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[float] = []
+
+    @ld.on_train_batch_end
+    def draw(self) -> None:
+        """One number."""
+        self.drawn.append(float(numpy.random.rand()))
+
+
+@pytest.mark.parametrize("data", ["list", "loader"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_numpy_in_a_step_goes_on(data: str, size: int, tmp_path: Path) -> None:
+    """NumPy's numbers are the run's own: they depend on its seed, not on the caller, and go on where it was stopped.
+
+    Of 4 batches with accumulation 3, the last was read before the checkpoint was written.
+    """
+    given: Any = DataLoader(Noisy(52), 13) if data == "loader" else [(torch.ones(4, 4), torch.zeros(4).long())] * 4
+    found = []
+    for number, stops in enumerate(([], [1, 2, 3])):
+        numpy.random.seed(number)
+        drawn: list[float] = []
+        for stop in [*stops, None]:
+            model = Drawing()
+            options: Any = {"max_steps": stop} if stop else {"max_epochs": 2}
+            ld.fit(
+                model, given, root_dir=tmp_path, name=str(number), resume="auto", accumulate_grad_batches=size,
+                **QUIET, **options,
+            )  # fmt: skip
+            drawn += model.drawn
+        found.append(drawn)
+    assert len(found[0]) == 8
+    assert found[0] == found[1]
