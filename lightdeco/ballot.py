@@ -38,11 +38,13 @@ class Cast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, slip: Tensor, factor: Any, votes: Tensor) -> Tensor:
+        """The loss times its factor; a factor of 1.0 leaves it as it is."""
         ctx.factor, ctx.votes = factor, votes
         return loss.view_as(loss) if isinstance(factor, float) and factor == 1.0 else loss * factor
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        """The gradient times the factor, and the votes for the ballot."""
         grad, factor = grads[0], ctx.factor
         scaled = grad if isinstance(factor, float) and factor == 1.0 else grad * factor
         return scaled, ctx.votes, None, None

@@ -766,3 +766,12 @@ def test_a_process_reads_only_its_own_samples() -> None:
     dataset = Augmented(10)
     list(Loader(make(dataset, batch_size=2), SEED, share=Share(1, 2)).batches(0))
     assert dataset.reads == 4
+
+
+def test_the_first_batch_is_known_of_lists_alone() -> None:
+    """It is there without reading; nothing else is read for it."""
+    assert Loader([3, 4], seed=0).first == 3
+    assert Loader((), seed=0).first is None
+    iterator = iter([3, 4])
+    assert Loader(iterator, seed=0).first is None
+    assert list(iterator) == [3, 4]
