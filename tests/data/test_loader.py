@@ -795,3 +795,12 @@ def test_a_worker_that_dies_while_it_sends_is_named() -> None:
     ) as caught:
         next(rebuilt._read(Dying(), 0))
     assert isinstance(caught.value.__cause__, ConnectionResetError)
+
+
+def test_the_first_batch_is_known_of_lists_alone() -> None:
+    """It is there without reading; nothing else is read for it."""
+    assert Loader([3, 4], seed=0).first == 3
+    assert Loader((), seed=0).first is None
+    iterator = iter([3, 4])
+    assert Loader(iterator, seed=0).first is None
+    assert list(iterator) == [3, 4]
