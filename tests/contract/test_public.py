@@ -145,7 +145,7 @@ def test_importing_is_light(tmp_path: Path, tmp_path_factory: pytest.TempPathFac
     runs = [
         subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=given) for _ in range(6)
     ]
-    assert min(float(run.stdout) for run in runs) < 0.1
+    assert min(float(run.stdout) for run in runs) < 0.15  # 0.06 to 0.1 where it is quiet; of CPU time
     assert not list(tmp_path.iterdir())
 
 
