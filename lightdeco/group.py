@@ -83,7 +83,7 @@ class Group:
 
 def _sent(error: Exception | None) -> Exception | None:
     """The error as another process can rebuild it: itself where it is one of lightdeco's, otherwise its text."""
-    if error is None or type(error).__module__ == LightdecoError.__module__:
+    if error is None or isinstance(error, LightdecoError):
         return error
     return LightdecoError(f"on rank 0: {type(error).__name__}: {error}")
 

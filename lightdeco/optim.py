@@ -228,12 +228,17 @@ class Window:
 
     def scale(self, loss: Tensor, weight: Any, last: bool) -> Tensor:
         """Count a micro-batch and return its loss as it goes into backward."""
+        weight = self.counted(weight, last)
+        return loss if self.single else loss * weight
+
+    def counted(self, weight: Any, last: bool) -> Any:
+        """Count a micro-batch, and return its weight as a number or a 0-dim tensor."""
         self.single = self.single or (self.count == 0 and last)
         self.count += 1
         if isinstance(weight, Tensor):
             weight = weight.detach().reshape(())
         self._total = self._total + weight
-        return loss if self.single else loss * weight
+        return weight
 
     def complete(self, last: bool) -> bool:
         """Whether the update is due."""

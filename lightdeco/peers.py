@@ -186,8 +186,7 @@ class Peers(Alone):
             return
         numbers = votes.tolist()
         self._read(numbers)
-        if numbers[FACTOR] == 0:
-            raise StepError('every "weight" of an update was 0, on every process; leave such batches out of the data')
+        _refuse_weightless(numbers)
         if numbers[FACTOR] != 1.0:
             torch._foreach_div_(gradients_of(optimizer), numbers[FACTOR])
 
@@ -209,8 +208,7 @@ class Peers(Alone):
         torch.distributed.all_reduce(flat)
         head = flat[: SIZE + len(parameters)].tolist()  # waits
         self._read(head[:SIZE])
-        if head[FACTOR] == 0:
-            raise StepError('every "weight" of an update was 0, on every process; leave such batches out of the data')
+        _refuse_weightless(head)
         flat /= head[FACTOR]
         sizes = [p.numel() for p in parameters]
         for p, count, grad in zip(parameters, head[SIZE:], torch.split(flat[len(head) :], sizes), strict=True):
@@ -304,3 +302,8 @@ class Peers(Alone):
             numbers, there = self._late.pop(0)
             there.synchronize()
             self._read(numbers.tolist())
+
+
+def _refuse_weightless(means: Sequence[float]) -> None:
+    if means[FACTOR] == 0:
+        raise StepError('every "weight" of an update was 0, on every process; leave such batches out of the data')

@@ -42,12 +42,7 @@ class SharedWindow(Window):
 
     def scale(self, loss: Tensor, weight: Any, last: bool) -> Tensor:
         """Count a micro-batch and return its loss as it goes into backward."""
-        self.single = self.single or (self.count == 0 and last)
-        self.count += 1
-        if isinstance(weight, Tensor):
-            weight = weight.detach().reshape(())
-        self._factor = weight / self._peers.unit
-        self._total = self._total + self._factor
+        self._factor = self.counted(weight, last) / self._peers.unit
         self._averaged = self.complete(last)
         return self._peers.cast(loss, self._factor, self._averaged)
 
@@ -56,7 +51,7 @@ class SharedWindow(Window):
         if self._averaged:
             self._peers.count(optimizer)
         else:  # the epoch ended with a batch that this step leaves out
-            self._peers.average(optimizer, self._total)
+            self._peers.average(optimizer, self._total / self._peers.unit)
 
     def agreed(self, loss: Tensor) -> Tensor:
         """The mean loss of all processes."""
