@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from . import unused
 from .ballot import FACTOR, LOSS, NO_SIGNALS, SECONDS, SIGNALS, SIZE, STOP, Cast, SharedSteps
 from .child import beat
 from .data import batch_size_of
@@ -99,6 +100,8 @@ class Peers(Alone):
         self.loss = torch.zeros(())
         self._wrapped: nn.Module = nn.Identity()
         self._trained: frozenset[int] = frozenset()
+        #: Whether DDP has averaged gradients since these parameters are trained.
+        self._averaged = True
         #: The ballot as the last forward returned it.
         self.slip: Tensor | None = None
         self._ballot: nn.Parameter | None = None
@@ -128,7 +131,12 @@ class Peers(Alone):
         self.refresh()
 
         def step(key: str, *inputs: object) -> Any:
-            outputs, self.slip = self._wrapped(key, *inputs)
+            try:
+                outputs, self.slip = self._wrapped(key, *inputs)
+            except RuntimeError as error:
+                if (names := unused.named(error, self._wrapped)) is None:
+                    raise
+                raise unused.refusal(names) from error
             return outputs
 
         return step
@@ -140,7 +148,7 @@ class Peers(Alone):
             return
         if self._trained and isinstance(self._wrapped, DistributedDataParallel):
             self._wrapped = self._again(self._wrapped.module)
-        self._trained = trained
+        self._trained, self._averaged = trained, False
 
     def wishes(self) -> list[float]:
         """What this process asks for: a list of `SIZE` numbers, its part of the sum; seconds by tenths."""
@@ -173,9 +181,13 @@ class Peers(Alone):
         """After backward: read the ballot, and divide the optimizer's gradients by the mean of all factors.
 
         Raises:
-            StepError: every weight of the window was 0.
+            StepError: every weight of the window was 0, or some parameters got no gradient, for which DDP waits.
         """
         assert self._ballot is not None and self._ballot.grad is not None
+        if not self._averaged:  # once: DDP itself notices it at the next forward, which may be in no run of one update
+            self._averaged = True
+            if names := unused.without_gradient(self._wrapped):
+                raise unused.refusal(names)
         votes, self._ballot.grad = self._ballot.grad, None
         if self.needs_loss:
             self.loss = votes[LOSS] / votes[FACTOR]
