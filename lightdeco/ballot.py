@@ -3,11 +3,13 @@
 DDP averages it with the gradients of the model: each process gets the mean of what all of them put in.
 """
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from .errors import StepError
 from .signals import ENDS
 from .steps import Steps
 
@@ -50,3 +52,13 @@ class Cast(torch.autograd.Function):
         grad, factor = grads[0], ctx.factor
         scaled = grad if isinstance(factor, float) and factor == 1.0 else grad * factor
         return scaled, ctx.votes, None, None
+
+
+def refuse_weightless(means: Sequence[float]) -> None:
+    """Refuse an update in which nothing counts; `means` of what was cast.
+
+    Raises:
+        StepError: every weight of the window was 0, on every process.
+    """
+    if means[FACTOR] == 0:
+        raise StepError('every "weight" of an update was 0, on every process; leave such batches out of the data')

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from . import unused
-from .ballot import FACTOR, LOSS, NO_SIGNALS, SECONDS, SIGNALS, SIZE, STOP, Cast, SharedSteps
+from .ballot import FACTOR, LOSS, NO_SIGNALS, SECONDS, SIGNALS, SIZE, STOP, Cast, SharedSteps, refuse_weightless
 from .child import beat
 from .data import batch_size_of
 from .data.loader import Loader
@@ -198,7 +198,7 @@ class Peers(Alone):
             return
         numbers = votes.tolist()
         self._read(numbers)
-        _refuse_weightless(numbers)
+        refuse_weightless(numbers)
         if numbers[FACTOR] != 1.0:
             torch._foreach_div_(gradients_of(optimizer), numbers[FACTOR])
 
@@ -220,7 +220,7 @@ class Peers(Alone):
         torch.distributed.all_reduce(flat)
         head = flat[: SIZE + len(parameters)].tolist()  # waits
         self._read(head[:SIZE])
-        _refuse_weightless(head)
+        refuse_weightless(head)
         flat /= head[FACTOR]
         sizes = [p.numel() for p in parameters]
         for p, count, grad in zip(parameters, head[SIZE:], torch.split(flat[len(head) :], sizes), strict=True):
@@ -314,8 +314,3 @@ class Peers(Alone):
             numbers, there = self._late.pop(0)
             there.synchronize()
             self._read(numbers.tolist())
-
-
-def _refuse_weightless(means: Sequence[float]) -> None:
-    if means[FACTOR] == 0:
-        raise StepError('every "weight" of an update was 0, on every process; leave such batches out of the data')
