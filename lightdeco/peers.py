@@ -18,7 +18,7 @@ from .ballot import FACTOR, LOSS, NO_SIGNALS, SECONDS, SIGNALS, SIZE, STOP, Cast
 from .child import beat
 from .data import batch_size_of
 from .data.loader import Loader
-from .errors import StepError, warn
+from .errors import warn
 from .group import Group
 from .optim import Window, gradients_of, parameters_of
 from .run import Run
