@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "examples": ["scikit-learn>=1.4", "matplotlib>=3.8", "torchvision>=0.21"],
+    "fp8": ["torchao>=0.15"],
     "plot": ["matplotlib>=3.8"],
     "report": ["plotly>=6.0"],
     "stats": ["psutil>=6.0", "nvidia-ml-py>=12.0"],
@@ -28,6 +29,7 @@ DEV = [
     "pytest-randomly>=3.16",
     "ruff>=0.11",
     *EXTRAS["examples"],
+    *EXTRAS["fp8"],
     *EXTRAS["torchmetrics"],
     *EXTRAS["report"],
     *EXTRAS["wandb"],

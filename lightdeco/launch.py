@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 import torch
 
-from . import seeds, xla
+from . import fp8, seeds, xla
 from .errors import LaunchError, MarkError, SettingsError, nearest, warn
 from .joined import joined, place
-from .plan import Hook
+from .plan import Hook, Plan
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -22,19 +22,21 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _PRECISION: dict[str, str] = dict.fromkeys(("32-true", "16-true", "bf16-true", "64-true"), "no")
-_PRECISION |= {"16-mixed": "fp16", "bf16-mixed": "bf16"}
+_PRECISION |= {"16-mixed": "fp16", "bf16-mixed": "bf16", "fp8": "fp8"}
 
 #: The dtype of weights and inputs where it is not the model's own.
 TRUE: Final = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 
 
-def count(settings: Settings) -> int:
+def count(settings: Settings, plan: Plan | None = None) -> int:
     """How many processes have to be started here; 1 where this process does the work, alone or as one of several.
 
     Raises:
         LaunchError: the devices are not there, the launcher started another number, or several machines are asked for
             without a launcher.
     """
+    if plan is not None:
+        fp8.require(settings, kind_of(settings), plan.one("configure_accelerator") is not None)
     if joined():
         _check_joined(settings)
         return 1
@@ -95,7 +97,10 @@ def make_accelerator(settings: Settings, configured: dict[str, Any], several: bo
     kind = kind_of(settings)
     _check_half(settings.precision, kind)
     arguments: dict[str, Any] = {"cpu": kind == "cpu", "mixed_precision": _PRECISION[settings.precision]}
-    arguments |= strategy_arguments(settings, kind, several) | configured
+    meant, handlers = strategy_arguments(settings, kind, several), list(configured.get("kwargs_handlers") or ())
+    others = [handler for handler in meant.get("kwargs_handlers", ()) if type(handler) not in map(type, handlers)]
+    arguments |= configured | {"kwargs_handlers": [*handlers, *others]}
+    arguments = fp8.with_recipe(settings, kind, arguments)
     _refuse_compression(arguments.get("kwargs_handlers") or ())
     if isinstance(settings.devices, list) and len(settings.devices) == 1 and kind == "cuda" and not joined():
         torch.cuda.set_device(settings.devices[0])

@@ -121,7 +121,7 @@ def fit(
     """
     resolved = resolve(settings, overrides)
     plan, given = prepare("fit", model, data, resolved)
-    if (processes := launch.count(resolved)) > 1:
+    if (processes := launch.count(resolved, plan)) > 1:
         return elsewhere.fit(fit, plan, model, data, resolved, processes)
     writes = not resolved.fast_dev_run
     with opened(plan, given, resolved, writes) as s, s.process.entered(), active(s.run), s.signals.caught():
@@ -185,7 +185,7 @@ def _evaluation(
     warn_without_effect(verb, overrides)
     plan, given = prepare(verb, model, data, resolved)
     writes = bool(overrides.get("logger"))  # an evaluation writes files only when it is asked to, in this very call
-    if (processes := launch.count(resolved)) > 1:
+    if (processes := launch.count(resolved, plan)) > 1:
         return elsewhere.evaluate(
             validate if verb == "validate" else test, model, data, weights, resolved, processes, writes
         )
@@ -210,7 +210,7 @@ def predict(
     resolved = resolve(settings, overrides)
     warn_without_effect("predict", overrides)
     plan, given = prepare("predict", model, data, resolved)
-    if (processes := launch.count(resolved)) > 1:
+    if (processes := launch.count(resolved, plan)) > 1:
         return iter(elsewhere.predict(predict, model, data, weights, resolved, processes))
     return _predict(plan, given, resolved, weights)
 
@@ -413,7 +413,7 @@ def _evaluate_batch(s: Session, stage: str, batch: Any, batch_idx: int, index: i
     run.batch, run.batch_idx = batch, batch_idx
     beat(run.global_step, _EVENT[stage])
     seed = seeds.eval_seed(run.seed, index, batch_idx * run.world_size + run.rank)
-    with no_grad(s.settings.inference_mode, run.device):
+    with no_grad(s.settings.inference_mode and s.settings.precision != "fp8", run.device):
         if s.transfer is not None:
             s.reseed(seed)
             run.batch = batch = s.transfer(batch, run.device, index)

@@ -24,18 +24,13 @@ from .settings_checks import (
     shown,
 )
 
-# Settings that have values whose effect is not built yet: what is available of them.
-UNAVAILABLE: dict[str, tuple[object, ...]] = {
-    "precision": ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"),
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Every setting of a verb; immutable, and checked when it is made.
 
     Raises:
-        SettingsError: a value is not allowed, or not available yet. The message names the setting and what is allowed.
+        SettingsError: a value is not allowed. The message names the setting and what is allowed.
 
     >>> Settings(max_epochs=3, precision="bf16").precision
     'bf16-mixed'
@@ -146,13 +141,11 @@ class Settings:
     """A profiler's name or object."""
 
     def __post_init__(self) -> None:
-        """Check and normalise every field; wrong values are refused before those that are not available yet."""
+        """Check and normalise every field."""
         for setting, check in CHECKS.items():
             object.__setattr__(self, setting, check(setting, getattr(self, setting)))
         _check_order("min_epochs", self.min_epochs, "max_epochs", self.max_epochs)
         _check_order("min_steps", self.min_steps, "max_steps", self.max_steps)
-        for setting in CHECKS:
-            _check_available(setting, getattr(self, setting))
 
     @property
     def max_seconds(self) -> float | None:
@@ -261,12 +254,3 @@ def _check_order(low_name: str, low: int | None, high_name: str, high: int | Non
 def _same(one: object, other: object) -> bool:
     """Whether two values are equal and of one type: `1` is not `True`, and no foreign `__eq__` is asked."""
     return type(one) is type(other) and bool(one == other)
-
-
-def _check_available(setting: str, value: object) -> None:
-    """Raise `SettingsError` for an allowed value whose effect is not built yet."""
-    available = UNAVAILABLE.get(setting)
-    if available is not None and not any(_same(value, one) for one in available):
-        raise SettingsError(
-            f"{setting}={shown(value)} is not available yet; available: {', '.join(map(repr, available))}"
-        )

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import launch, xla
+from . import fp8, launch, xla
 from .ballot import SharedSteps
 from .errors import LaunchError, warn
 from .peers import Alone, Peers
@@ -29,6 +29,10 @@ def wrap(s: Session) -> None:
     configured = launch.accelerator_arguments(hook, None if hook is None else s.call["configure_accelerator"]())
     accelerator = run.accelerator = launch.make_accelerator(settings, configured, len(training) > 1)
     run.device = accelerator.device
+    if settings.precision == "fp8":
+        recipe = accelerator.ao_recipe_handler
+        assert recipe is not None  # `launch` has seen to it
+        s.stack.callback(fp8.convert(model, recipe))
     calls = {key: s.plan.step(hook, run) for key, hook in hooks.items()}
     shared = s.group.size > 1 and s.plan.verb == "fit"
     _refuse_without_effect(s)

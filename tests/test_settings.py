@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from lightdeco import settings as module
 from lightdeco.errors import LightdecoError, SettingsError
-from lightdeco.settings import UNAVAILABLE, Overrides, Settings, explicit, resolve
+from lightdeco.settings import Overrides, Settings, explicit, resolve
 from lightdeco.settings_checks import CHECKS, shown
 
 NAMES = [field.name for field in dataclasses.fields(Settings)]
@@ -296,9 +296,8 @@ def labels(pairs: list[tuple[str, object]]) -> list[str]:
 
 
 def test_the_tables_cover_every_field() -> None:
-    """Each field has a check and a row here, in one order, and `UNAVAILABLE` names fields only."""
+    """Each field has a check and a row here, in one order."""
     assert list(CHECKS) == list(FIELDS) == NAMES
-    assert set(UNAVAILABLE) <= set(NAMES)
 
 
 def test_defaults() -> None:
@@ -318,7 +317,7 @@ def test_overrides_have_the_fields_and_types_of_settings() -> None:
 
 @pytest.mark.parametrize(("name", "value"), GOOD, ids=labels(GOOD))
 def test_good_values(name: str, value: object) -> None:
-    """A good value is kept as a plain Python value, is kept again unchanged, and is at most not available yet."""
+    """A good value is kept as a plain Python value, and is kept again unchanged."""
     kept = checked(name, value)
     again = checked(name, kept)
     assert type(again) is type(kept)
@@ -330,16 +329,12 @@ def test_good_values(name: str, value: object) -> None:
         assert kept == list(value)
     else:
         assert kept == value
-    if name in UNAVAILABLE and not any(type(one) is type(kept) and one == kept for one in UNAVAILABLE[name]):
-        with pytest.raises(SettingsError, match=rf"^{name}=.* is not available yet; available: "):
-            make({name: value})
-    else:
-        assert getattr(make({name: value}), name) == kept
+    assert getattr(make({name: value}), name) == kept
 
 
 @pytest.mark.parametrize(("name", "value"), BAD, ids=labels(BAD))
 def test_bad_values(name: str, value: object) -> None:
-    """A bad value is refused as such, by the setting's name and with what is allowed, before "not available yet"."""
+    """A bad value is refused as such, by the setting's name and with what is allowed."""
     with pytest.raises(SettingsError) as caught:
         make({name: value})
     message = str(caught.value)
@@ -387,27 +382,6 @@ def test_shown_values_are_short() -> None:
     assert shown(numpy.zeros((3, 3))).count("\n") == 0
     assert shown(Unprintable()) == "<Unprintable>"
     assert shown(10**5000).startswith(("<int>", "1000"))
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "available"),
-    [
-        ("precision", "fp8", "'32-true', '16-mixed', 'bf16-mixed', '16-true', 'bf16-true', '64-true'"),
-    ],
-)
-def test_not_available_yet(name: str, value: object, available: str) -> None:
-    """A good value whose effect is not built yet is refused, never ignored."""
-    with pytest.raises(SettingsError) as caught:
-        make({name: value})
-    assert str(caught.value) == f"{name}={value!r} is not available yet; available: {available}"
-
-
-@pytest.mark.parametrize(("name", "values"), UNAVAILABLE.items(), ids=list(UNAVAILABLE))
-def test_available_values_are_taken(name: str, values: tuple[object, ...]) -> None:
-    """What the table calls available, the default first, can be set."""
-    assert values[0] == getattr(Settings(), name)
-    for value in values:
-        assert getattr(make({name: value}), name) == value
 
 
 @pytest.mark.parametrize("unit", ["epochs", "steps"])

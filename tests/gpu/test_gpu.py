@@ -55,6 +55,32 @@ def test_training_on_cuda_is_that_on_the_cpu(name: str) -> None:
     assert run.metrics == pytest.approx(expected.metrics, rel=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:torch.get_autocast_gpu_dtype:DeprecationWarning")  # torchao calls it
+def test_fp8() -> None:
+    """A layer in the middle is converted and learns; evaluation and another run work; the model is plain again."""
+    pytest.importorskip("torchao")
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs compute capability 8.9")
+
+    class Wide(Noted):
+        def __init__(self) -> None:
+            super().__init__(dropout=0.0)
+            self.body = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+            self.kinds = set[str]()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kinds |= {type(layer).__name__ for layer in self.body}
+            return self.body(x)
+
+    model, data = Wide(), (batches(8, size=16), batches(2, size=16))
+    run = fit(model, data, precision="fp8", max_epochs=5)
+    losses = [record["train/loss_epoch"] for record in run.history if "train/loss_epoch" in record]
+    assert losses[-1] < losses[0]
+    assert "Float8Linear" in model.kinds
+    assert type(model.body[2]) is nn.Linear
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
+
+
 @pytest.mark.parametrize(("precision", "dtype"), [("16-mixed", torch.float16), ("bf16-mixed", torch.bfloat16)])
 def test_mixed_precision(precision: str, dtype: torch.dtype) -> None:
     """Layers compute in 16 bits, weights and optimizer state are float32, and the loss falls."""
