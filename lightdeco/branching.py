@@ -48,13 +48,13 @@ def prepare_optimizers(s: Session, stack: ExitStack) -> None:
             _gradients(s, branch)
             branch.closure = overridden or needs_closure(optim.optimizer)
         s.branches.append(branch)
+    _scale(s)
     if manual:
         _check_manual(s, next(iter(steps.values())))
         s.run.manual = Manual(s, stack)
     call.setdefault("lr_scheduler_step", step_scheduler)
     call.setdefault("optimizer_step", lambda optimizer, closure: optimizer.step(closure))
     s.parted = len(steps) > 1 or manual or s.branches[0].every != 1 or "split_batch" in call
-    _scale(s)
     _plain(s)
     _losses(s)
     if isinstance(s.peers, Peers):
@@ -158,21 +158,15 @@ def _gradients(s: Session, branch: Branch) -> None:
 
 
 def _scale(s: Session) -> None:
-    """Give every training step a scaler of its losses, where the precision asks for one."""
+    """Make a scaler of losses for every optimizer, where the precision asks for one."""
     if not scaling.wanted(s.settings.precision):
         return
+    device = s.run.device
+    s.scalers = {name: scaling.Scaler(optim.optimizer, device) for name, optim in s.run.optims.items()}
     for branch in s.branches:
-        why = ""
-        if branch.optim is None:
-            why = f"the manual step {branch.hook.where}, whose losses are not scaled"
-        elif branch.closure:
-            kind = type(branch.optimizer).__name__
-            why = f"the closure that {kind} gets, which evaluates the loss in the middle of an update"
-        if why:
-            raise SettingsError(
-                f"precision='16-mixed' cannot go with {why}; use 'bf16-mixed', which needs no scaling of losses"
-            )
-        branch.scaler = scaling.Scaler(branch.optimizer, s.run.device)
+        if branch.optim is None:  # `Manual` scales
+            continue
+        branch.scaler = next(scaler for name, scaler in s.scalers.items() if s.run.optims[name] is branch.optim)
         branch.backward = partial(_scaled, branch.scaler, branch.backward)
 
 

@@ -123,7 +123,7 @@ def convert(model: nn.Module, recipe: "AORecipeKwargs") -> Callable[[], None]:
     config = replace(config, enable_fsdp_float8_all_gather=False)
     changed: list[tuple[nn.Module, list[str]]] = []
     for layer in _chosen(model, recipe, config.emulate):
-        made = convert_to_float8_training(nn.Sequential(layer), config=config)[0]
+        made: Any = next(convert_to_float8_training(nn.Sequential(layer), config=config).children())
         added = {name: value for name, value in vars(made).items() if name not in vars(layer)}
         layer.__class__ = type(made)
         vars(layer).update(added)

@@ -14,6 +14,7 @@ from .errors import SettingsError, StepError
 from .limits import accumulation
 from .optim import Window, clip, parameters_of
 from .peers import Peers
+from .scaling import Scaler
 from .session import Session
 from .windows import SharedPending
 
@@ -30,7 +31,7 @@ class Manual:
         self._optimizers = {name: optim.optimizer for name, optim in session.run.optims.items()}
         self._last = False
         self._shared = session.group.size > 1
-        self._windows = {id(optimizer): self._pending(1) for optimizer in self._optimizers.values()}
+        self._begin_windows(1)
         self._toggles: list[Toggle] = []
         self._inside = ""  # the override that runs now
         for optimizer in self._optimizers.values():
@@ -38,7 +39,7 @@ class Manual:
             after = optimizer.register_step_post_hook(self._after_step)
             stack.callback(before.remove)
             stack.callback(after.remove)
-            if session.settings.accumulate_grad_batches != 1 or self._shared:
+            if session.settings.accumulate_grad_batches != 1 or self._shared or session.scalers:
                 stack.callback(_replace(optimizer, "step", self._when_due(optimizer)))
                 stack.callback(_replace(optimizer, "zero_grad", self._when_empty(optimizer)))
 
@@ -46,11 +47,16 @@ class Manual:
 
     def begin_epoch(self) -> None:
         """Begin a window for each optimizer."""
-        size = accumulation(self._s.settings, self._s.run.epoch)
-        self._windows = {id(optimizer): self._pending(size) for optimizer in self._optimizers.values()}
+        self._begin_windows(accumulation(self._s.settings, self._s.run.epoch))
 
-    def _pending(self, size: int) -> "_Pending":
-        return _Pending(SharedPending(size, self._s.peers) if isinstance(self._s.peers, Peers) else Window(size))
+    def _begin_windows(self, size: int) -> None:
+        peers, scalers = self._s.peers, self._s.scalers
+        self._windows = {
+            id(optimizer): _Pending(
+                SharedPending(size, peers) if isinstance(peers, Peers) else Window(size), scalers.get(name)
+            )
+            for name, optimizer in self._optimizers.items()
+        }
 
     def begin(self, last: bool) -> None:
         """A step is about to run; `last`: no batch follows in this epoch."""
@@ -82,6 +88,8 @@ class Manual:
             (optimizer,) = self._optimizers.values()
         scaled = self._scaled(loss, optimizer, weight)
         s.call["on_before_backward"](scaled, optimizer)
+        if optimizer is not None:
+            scaled = self._windows[id(optimizer)].scale_up(scaled)
         with torch.autocast(scaled.device.type, enabled=False):
             if "backward" in s.call:
                 self._override("backward", scaled, optimizer)
@@ -131,13 +139,13 @@ class Manual:
 
     def _scaled(self, loss: Tensor, optimizer: Optimizer | None, weight: Any) -> Tensor:
         single = accumulation(self._s.settings, self._s.run.epoch) == 1
-        if single and not (self._shared and optimizer is not None):
-            return loss
-        if optimizer is None:
+        if optimizer is None and (self._s.scalers or not single):
             raise StepError(
-                "ld.backward needs to know whose gradients it accumulates: with accumulate_grad_batches and several "
-                "optimizers, call ld.backward(loss, optimizer)"
+                "ld.backward needs to know whose gradients these are: with accumulate_grad_batches or "
+                "precision='16-mixed', and several optimizers, call ld.backward(loss, optimizer)"
             )
+        if optimizer is None or (single and not self._shared):
+            return loss
         batch = self._s.run.progress.micro_batch
         weight = self._s.run.size_of_batch() if weight is None else weight
         return self._windows[id(optimizer)].scale(loss, weight, batch, self._last)
@@ -156,7 +164,12 @@ class Manual:
                 pending.refuse_empty()
                 if not pending.due(self._last):
                     return None
+                pending.refuse_unscaled(closure=bool(given) or options.get("closure") is not None)
                 pending.normalise(optimizer)
+                if pending.overflowed():
+                    self._s.run.progress.skipped_updates += 1
+                    pending.updated(self._s.run.progress.micro_batch)
+                    return None
                 result = step(*given, **options)
                 pending.updated(self._s.run.progress.micro_batch)
                 return result
@@ -180,10 +193,10 @@ class Manual:
 class _Pending:
     """The window of one optimizer in a manual run, which counts batches and not calls of backward."""
 
-    def __init__(self, window: Window) -> None:
-        self.window = window
+    def __init__(self, window: Window, scaler: Scaler | None) -> None:
+        self.window, self._scaler = window, scaler
         self._batch = self._updated = -1
-        self._normalised = False
+        self._normalised = self._scaled = False
 
     def scale(self, loss: Tensor, weight: Any, batch: int, last: bool) -> Tensor:
         """The loss as it goes into backward; the batch is counted once."""
@@ -196,6 +209,30 @@ class _Pending:
             return loss if self.window.single else loss * weight
         self._batch = batch
         return self.window.scale(loss, weight, last)
+
+    def scale_up(self, loss: Tensor) -> Tensor:
+        """With fp16: the loss times the factor of this optimizer's scaler."""
+        self._scaled = True
+        return loss if self._scaler is None else self._scaler.scale(loss)
+
+    def refuse_unscaled(self, closure: bool) -> None:
+        """With fp16: refuse gradients that were not scaled, and a closure, which would make such."""
+        if self._scaler is None:
+            return
+        if closure:
+            raise StepError(
+                "optimizer.step(closure) in a manual step cannot go with precision='16-mixed': gradients are unscaled "
+                "before the update, and a closure makes new ones; use an automatic step, or 'bf16-mixed'"
+            )
+        if not self._scaled:
+            raise StepError(
+                "optimizer.step() without an ld.backward(loss, optimizer) since its last update; with "
+                "precision='16-mixed' gradients must come from ld.backward, which scales the loss"
+            )
+
+    def overflowed(self) -> bool:
+        """With fp16: adapt the factor; whether a gradient was not finite, so that the update is left out. Waits."""
+        return self._scaler is not None and not self._scaler.adapt()
 
     def refuse_empty(self) -> None:
         """Refuse an update without gradients from `ld.backward`, which alone knows how much each batch counts."""
@@ -210,14 +247,18 @@ class _Pending:
         return self.window.size == 1 or (self.window.count > 0 and self.window.complete(last))
 
     def normalise(self, optimizer: Optimizer) -> None:
-        """Divide the gradients by the sum of weights, once."""
-        if not self.window.plain and not self._normalised:
+        """Divide the gradients by the sum of weights and by the scaler's factor, once."""
+        if self._normalised:
+            return
+        self._normalised = True
+        if not self.window.plain:
             self.window.normalise(optimizer)
-            self._normalised = True
+        if self._scaler is not None:  # after the processes have averaged, so that all see the same
+            self._scaler.unscale()
 
     def updated(self, batch: int) -> None:
         """Begin the next window."""
-        self._updated, self._batch, self._normalised = batch, -1, False
+        self._updated, self._batch, self._normalised, self._scaled = batch, -1, False, False
         self.window.begin()
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .optim import gradients_of
+
 
 def wanted(precision: str) -> bool:
     """Whether gradients would vanish in this precision."""
@@ -23,6 +25,7 @@ class Scaler:
     def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
         self._optimizer = optimizer
         self._scaler = torch.amp.GradScaler(device.type)
+        self._seen = False
         # The first updates are often left out; a scheduler by epoch then steps first, of which torch would warn.
         vars(optimizer)["_opt_called"] = True
 
@@ -37,18 +40,16 @@ class Scaler:
 
     def unscale(self) -> None:
         """Divide the optimizer's gradients by the factor, and note whether all of them are finite."""
-        self._scaler.unscale_(self._optimizer)
+        self._seen = bool(gradients_of(self._optimizer))
+        if self._seen:
+            self._scaler.unscale_(self._optimizer)
 
-    def step(self) -> bool:
-        """Update the weights, unless a gradient was not finite; whether it was done. Waits for the device."""
+    def adapt(self) -> bool:
+        """Adapt the factor to what `unscale` saw; whether all gradients were finite. Waits for the device."""
         before = self.factor
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
+        if self._seen:
+            self._scaler.update()
         return self.factor >= before
-
-    def skip(self) -> None:
-        """Leave the update out, and adapt the factor to what `unscale` saw."""
-        self._scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
         """The factor and how many good updates there were since it changed."""

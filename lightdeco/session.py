@@ -22,6 +22,7 @@ from .optim import parameters_of
 from .peers import Alone, Bad
 from .plan import Plan
 from .run import Run
+from .scaling import Scaler
 from .settings import Settings
 from .signals import Signals
 from .steps import Steps
@@ -90,6 +91,8 @@ class Session:
     """Moves (batch, device, dataloader_idx); None when the batch is already where it belongs."""
     reseed: Callable[[int], object] = torch.default_generator.manual_seed
 
+    scalers: dict[str, Scaler] = field(default_factory=dict)
+    """Of the losses, by the name of the optimizer; empty but with fp16."""
     plain_update: bool = False
     """Whether an update of one batch is `optimizer.step()` and nothing else."""
     means: Means = field(init=False)
@@ -215,7 +218,7 @@ class Session:
         """
         before, self.steps_before = self.steps_before, self.run.global_step
         if self.run.progress.skipped_updates and self.run.global_step == before:
-            if any(branch.scaler is not None and branch.scaler.factor >= 1 for branch in self.branches):
+            if any(scaler.factor >= 1 for scaler in self.scalers.values()):
                 return  # the factor is still on its way down
             how = "on_nan='skip'" if self.settings.on_nan == "skip" else f"precision={self.settings.precision!r}"
             raise StepError(

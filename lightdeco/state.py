@@ -34,7 +34,7 @@ def collect(s: Session, metrics: Mapping[str, Any] | None = None) -> State:
     state = State(
         model=s.plan.model.state_dict(),
         optimizers={name: optim.optimizer.state_dict() for name, optim in run.optims.items()},
-        scaler={b.name: b.scaler.state_dict() for b in s.branches if b.scaler is not None} or None,
+        scaler={name: scaler.state_dict() for name, scaler in s.scalers.items()} or None,
         schedulers={n: optim.scheduler.state_dict() for n, optim in run.optims.items() if optim.scheduler is not None},
         callbacks={key: thing.state_dict() for key, thing in _with_state(s)},
         data=_data(s),
@@ -70,9 +70,9 @@ def restore(s: Session, state: State) -> None:
             vars(optim.optimizer)["_opt_called"] = True
         # After the schedulers, some of which set learning rates.
         load_optimizer(optim.optimizer, state.optimizers[name], name or "optimizer")
-    for branch in s.branches:
-        if branch.scaler is not None and state.scaler is not None and branch.name in state.scaler:
-            branch.scaler.load_state_dict(state.scaler[branch.name])
+    for name, scaler in s.scalers.items():
+        if state.scaler is not None and name in state.scaler:
+            scaler.load_state_dict(state.scaler[name])
     things = dict(_with_state(s))
     for key in [key for key in state.callbacks if key not in things and key != POLICY]:
         warn(f"the checkpoint holds a state of the callback {key}, which this run does not have; it is left out")

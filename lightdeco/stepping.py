@@ -59,13 +59,13 @@ def update(s: Session, branch: Branch, loss: Tensor, inputs: Inputs | None, agai
     call["on_before_optimizer_step"](optimizer)
     if "clip_gradients" in call:
         call["clip_gradients"](optimizer)
+    if branch.scaler is not None and not branch.scaler.adapt():
+        return _skipped(s, branch, adapted=True)
     if branch.closure:
         closure = Closure(optimizer, loss, lambda: _evaluate_again(s, branch, inputs, again))
         call["optimizer_step"](optimizer, closure)
-    elif branch.scaler is None:
+    else:
         optimizer.step()
-    elif not branch.scaler.step():
-        return _skipped(s, branch, adapted=True)
     if not window.plain:
         window.begin()
     s.count_step()
@@ -81,22 +81,30 @@ def _skipped(s: Session, branch: Branch, adapted: bool = False) -> bool:
     s.run.progress.skipped_updates += 1
     branch.window.begin()
     if branch.scaler is not None and not adapted:
-        branch.scaler.skip()
+        branch.scaler.adapt()
     return False
 
 
 def _evaluate_again(s: Session, branch: Branch, inputs: Inputs | None, again: Callable[[], object]) -> Tensor:
-    """Loss and gradients at the present weights, for a closure; the same randomness as the first time."""
-    window = branch.window
+    """Loss and gradients at the present weights, for a closure; the same randomness as the first time.
+
+    Gradients that overflow in fp16 are made again with half the factor: an update that has begun cannot be left out.
+    """
+    window, scaler = branch.window, branch.scaler
     window.refuse_several(branch.hook.where)
     assert inputs is not None  # of a window of one batch they are known
-    branch.zero_grad()
-    again()
-    outputs = branch.step(branch.key, *inputs)
-    loss: Tensor = read_result(outputs, branch.hook.where, training=True, carries="split_batch" in s.call)[0]
-    branch.backward(window.repeat(loss))
-    if not window.plain:
-        window.normalise(branch.optimizer)
+    while True:
+        branch.zero_grad()
+        again()
+        outputs = branch.step(branch.key, *inputs)
+        loss: Tensor = read_result(outputs, branch.hook.where, training=True, carries="split_batch" in s.call)[0]
+        branch.backward(window.repeat(loss))
+        if scaler is not None:
+            scaler.unscale()
+        if not window.plain:
+            window.normalise(branch.optimizer)
+        if scaler is None or scaler.adapt() or scaler.factor < 1 or not torch.isfinite(window.agreed(loss)):
+            break
     if "clip_gradients" in s.call:
         s.call["clip_gradients"](branch.optimizer)
     return window.agreed(loss)

@@ -152,23 +152,184 @@ def test_a_resumed_run_goes_on_with_its_factor(tmp_path: Path, monkeypatch: pyte
     assert [scaler.factor for scaler in made] == [2.0**14, 2.0**15, 2.0**14]
 
 
+class Driven(Overflowing):
+    """The same by hand, with clipping."""
+
+    @ld.training_step(manual=True)
+    def step(self, batch: Any, run: ld.Run) -> Tensor:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        if run.progress.micro_batch in self.bad:
+            loss.register_hook(lambda grad: grad * float("inf"))
+        optimizer, scheduler = ld.optimizers(), ld.schedulers()
+        optimizer.zero_grad()
+        ld.backward(loss)
+        ld.clip_gradients(optimizer, 0.1)
+        before = run.global_step
+        optimizer.step()
+        if run.global_step > before:
+            scheduler.step()
+        return loss
+
+    @ld.configure_optimizers
+    def adam(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return optimizer, StepLR(optimizer, 1, 0.5)
+
+
+@pytest.mark.usefixtures("scaled")
+def test_a_manual_step_is_scaled_as_an_automatic_one() -> None:
+    """Same weights, same updates left out, same counts."""
+    automatic, manual = Overflowing(bad=(1,)), Driven(bad=(1,))
+    manual.load_state_dict(automatic.state_dict())
+    left = [fit(model, gradient_clip_val=0.1 if model is automatic else None) for model in (automatic, manual)]
+    assert equal(weights(automatic), weights(manual))
+    assert [run.progress.skipped_updates for run in left] == [1, 1]
+    assert manual.steps == automatic.steps == [1, 1, 2, 3]
+    assert manual.rates == automatic.rates
+
+
+@pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 2}])
+def test_scaling_a_manual_step_changes_no_bit(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are divided before they are clipped, once, with accumulation too."""
+    plain, scaled_ = Driven(), Driven()
+    scaled_.load_state_dict(plain.state_dict())
+    fit(plain, **settings)
+    monkeypatch.setattr(scaling, "wanted", lambda precision: True)
+    fit(scaled_, **settings)
+    assert equal(weights(plain), weights(scaled_))
+
+
+class Pair(nn.Module):
+    """Two optimizers in one manual step; the gradients of one are infinite at batch 1."""
+
+    def __init__(self, bad: int = -1) -> None:
+        super().__init__()
+        self.a, self.b, self.bad = Net(), Net(), bad
+
+    @ld.training_step(manual=True)
+    def step(self, batch: Any, run: ld.Run) -> None:
+        for name, net in (("a", self.a), ("b", self.b)):
+            optimizer = ld.optimizers()[name]
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(batch[0]), batch[1])
+            if name == "b" and run.progress.micro_batch == self.bad:
+                loss.register_hook(lambda grad: grad * float("inf"))
+            ld.backward(loss, optimizer)
+            ld.clip_gradients(optimizer, 0.1)
+            optimizer.step()
+
+    @ld.configure_optimizers
+    def two(self) -> Any:
+        return {"a": torch.optim.SGD(self.a.parameters(), 0.1), "b": torch.optim.SGD(self.b.parameters(), 0.1)}
+
+
+def test_each_optimizer_of_a_manual_step_has_a_scaler_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What overflows for one leaves the other's gradients true; its own update is the one left out."""
+    plain, whole, bad = Pair(), Pair(), Pair(bad=1)
+    for model in (whole, bad):
+        model.load_state_dict(plain.state_dict())
+    fit(plain)
+    monkeypatch.setattr(scaling, "wanted", lambda precision: True)
+    fit(whole)
+    run = fit(bad)
+    assert equal(weights(plain), weights(whole))
+    assert equal(weights(plain.a), weights(bad.a))
+    assert not equal(weights(plain.b), weights(bad.b))
+    assert run.progress.skipped_updates == 1
+    assert run.global_step == 4  # the other optimizer made its updates
+
+
+@pytest.mark.usefixtures("scaled")
+def test_a_manual_run_that_is_resumed_goes_on_with_its_factors(tmp_path: Path) -> None:
+    """The factor halves at the bad batch before and after the interruption."""
+    whole, again = Driven(bad=(1, 5)), Driven(bad=(1, 5))
+    again.load_state_dict(whole.state_dict())
+    given: dict[str, Any] = {"root_dir": tmp_path, "checkpoint": True}
+    fit(whole, max_epochs=2, name="whole", **given)
+    fit(again, max_epochs=1, name="parts", **given)
+    run = fit(again, max_epochs=2, name="parts", resume="last", **given)
+    assert equal(weights(whole), weights(again))
+    assert run.progress.skipped_updates == 2
+
+
+class Sharp(Net):
+    """Sharpness-aware: the closure is evaluated anew at other weights; its first time may overflow."""
+
+    def __init__(self, bad: bool = False) -> None:
+        super().__init__()
+        self.bad, self.evaluations = bad, 0
+
+    @ld.training_step
+    def step(self, batch: Any) -> Tensor:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.evaluations += 1
+        if self.bad and self.evaluations == 2:
+            loss.register_hook(lambda grad: grad * float("inf"))
+        return loss
+
+    @ld.optimizer_step
+    def sam(self, optimizer: Any, closure: Any) -> None:
+        closure()
+        moves = [0.05 * p.grad for p in self.parameters()]
+        with torch.no_grad():
+            for p, move in zip(self.parameters(), moves, strict=True):
+                p.add_(move)
+        closure()
+        with torch.no_grad():
+            for p, move in zip(self.parameters(), moves, strict=True):
+                p.sub_(move)
+        optimizer.step()
+
+
+class Newton(Net):
+    """LBFGS evaluates its closure as often as it likes."""
+
+    @ld.configure_optimizers
+    def adam(self) -> Any:
+        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4, line_search_fn="strong_wolfe")
+
+
+@pytest.mark.parametrize(("kind", "options"), [(Sharp, {}), (Sharp, {"bad": True}), (Newton, {})])
+def test_a_closure_gets_true_gradients(kind: Any, options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every evaluation is scaled and unscaled; one that overflows is made again with half the factor."""
+    plain, scaled_ = kind(), kind(**options)
+    scaled_.load_state_dict(plain.state_dict())
+    fit(plain, gradient_clip_val=0.5)
+    monkeypatch.setattr(scaling, "wanted", lambda precision: True)
+    run = fit(scaled_, gradient_clip_val=0.5)
+    assert equal(weights(plain), weights(scaled_))
+    assert run.progress.skipped_updates == 0
+    if kind is Sharp:
+        assert scaled_.evaluations == plain.evaluations + len(options)
+
+
 @pytest.mark.usefixtures("scaled")
 def test_what_cannot_be_scaled_is_refused() -> None:
-    """A manual step and closures, before the first batch."""
+    """In a manual step: gradients not from `ld.backward`, a closure, a loss of nobody knows which optimizer."""
 
-    class Manual(Net):
+    class Own(Driven):
         @ld.training_step(manual=True)
-        def step(self, batch: Any) -> None: ...
+        def step(self, batch: Any) -> None:
+            F.cross_entropy(self(batch[0]), batch[1]).backward()
+            ld.optimizers().step()
 
-    class Newton(Net):
-        @ld.configure_optimizers
-        def adam(self) -> Any:
-            return torch.optim.LBFGS(self.parameters())
+    class Closed(Driven):
+        @ld.training_step(manual=True)
+        def step(self, batch: Any) -> None:
+            ld.backward(F.cross_entropy(self(batch[0]), batch[1]))
+            ld.optimizers().step(lambda: None)
 
-    with pytest.raises(ld.SettingsError, match=r"precision='16-mixed' cannot go with the manual step Manual\.step"):
-        fit(Manual())
-    with pytest.raises(ld.SettingsError, match="cannot go with the closure that LBFGS gets"):
-        fit(Newton())
+    class Unknown(Pair):
+        @ld.training_step(manual=True)
+        def step(self, batch: Any) -> None:
+            ld.backward(F.cross_entropy(self.a(batch[0]), batch[1]))
+
+    with pytest.raises(ld.StepError, match=r"gradients must come from ld\.backward, which scales the loss"):
+        fit(Own())
+    with pytest.raises(ld.StepError, match=r"optimizer\.step\(closure\) in a manual step cannot go with"):
+        fit(Closed())
+    with pytest.raises(ld.StepError, match=r"several optimizers, call ld\.backward\(loss, optimizer\)"):
+        fit(Unknown())
 
 
 @pytest.mark.parametrize(("precision", "instead"), [("16-mixed", "bf16-mixed"), ("16-true", "bf16-true")])
