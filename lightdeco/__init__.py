@@ -52,7 +52,7 @@ from .explain import (
     eject,
     explain,
 )
-from .launch import (
+from .joined import (
     rank_zero_only,
 )
 from .loop import (

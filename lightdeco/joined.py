@@ -4,15 +4,19 @@ torchrun and `accelerate launch` set `RANK`, `LOCAL_RANK`, `WORLD_SIZE`, `MASTER
 first. Slurm's srun sets variables of its own, from which `join` makes torchrun's.
 """
 
+import functools
 import os
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final, NamedTuple, ParamSpec, TypeVar
 
 from .errors import LaunchError
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _TORCHRUN: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -191,3 +195,28 @@ def tasks_per_node(text: str) -> list[int]:
     [4, 4, 3]
     """
     return [int(n) for n, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text) for _ in range(int(times or 1))]
+
+
+# ---- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    """The rank of this process among all, from the variables that launchers set; 0 in a process on its own."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def rank_zero_only(function: Callable[P, R]) -> Callable[P, R | None]:
+    """Call the function on rank 0 alone; on other ranks the call does nothing and returns None.
+
+    >>> import lightdeco as ld
+    >>> @ld.rank_zero_only
+    ... def greet(): return "hello"
+    >>> greet()
+    'hello'
+    """
+
+    @functools.wraps(function)
+    def on_rank_zero(*args: P.args, **kwargs: P.kwargs) -> R | None:
+        return function(*args, **kwargs) if rank() == 0 else None
+
+    return on_rank_zero

@@ -1,11 +1,10 @@
 """Devices, precision and strategy -> an Accelerator; what is put back after a verb."""
 
-import functools
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -18,12 +17,10 @@ from .settings import Settings
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 _PRECISION: dict[str, str] = dict.fromkeys(("32-true", "16-true", "bf16-true", "64-true"), "no")
 _PRECISION |= {"16-mixed": "fp16", "bf16-mixed": "bf16", "fp8": "fp8"}
 
+NO_SYNC: Final = "sync_batchnorm=True: torch's SyncBatchNorm works on GPUs only"
 #: The dtype of weights and inputs where it is not the model's own.
 TRUE: Final = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 
@@ -47,11 +44,10 @@ def count(settings: Settings, plan: Plan | None = None) -> int:
         )
     kind, devices = kind_of(settings), settings.devices
     strategy_arguments(settings, kind, several=False)  # refused before anything starts
-    if settings.precision != "16-true" or kind != "cuda":
-        _check_half(settings.precision, kind)
+    _refuse_half(settings.precision, kind)
     if kind == "cuda":
         there = torch.cuda.device_count()
-        wanted = there if devices in ("auto", -1) else devices if isinstance(devices, int) else len(list(devices))
+        wanted = _number(devices) or there
         if wanted > there or (isinstance(devices, list) and max(devices) >= there):
             raise LaunchError(f"devices={devices!r}, but torch finds {there} GPUs here")
         return wanted
@@ -63,7 +59,14 @@ def count(settings: Settings, plan: Plan | None = None) -> int:
         return 1
     if kind != "cpu":
         raise LaunchError(f"devices={devices!r}: there is one {kind} device here, and one process for it")
+    if settings.sync_batchnorm:
+        raise LaunchError(NO_SYNC)
     return devices
+
+
+def _number(devices: Any) -> int | None:
+    """How many devices are asked for; None: all that are there."""
+    return None if devices in ("auto", -1) else devices if isinstance(devices, int) else len(list(devices))
 
 
 def visible(settings: Settings) -> list[int] | None:
@@ -73,7 +76,7 @@ def visible(settings: Settings) -> list[int] | None:
 
 def _check_joined(settings: Settings) -> None:
     here, devices = place(), settings.devices
-    asked = None if devices in ("auto", -1) else devices if isinstance(devices, int) else len(list(devices))
+    asked = _number(devices)
     if asked is not None and asked != here.local_world_size:
         raise LaunchError(
             f"devices={devices!r}, but the launcher started {here.local_world_size} processes on this machine; leave "
@@ -95,7 +98,9 @@ def make_accelerator(settings: Settings, configured: dict[str, Any], several: bo
     from accelerate import Accelerator
 
     kind = kind_of(settings)
-    _check_half(settings.precision, kind)
+    _refuse_half(settings.precision, kind)
+    if settings.precision == "16-true":
+        warn("precision='16-true' does not scale the loss: gradients below 6e-8 become 0; 'bf16-true' is safer")
     arguments: dict[str, Any] = {"cpu": kind == "cpu", "mixed_precision": _PRECISION[settings.precision]}
     meant, handlers = strategy_arguments(settings, kind, several), list(configured.get("kwargs_handlers") or ())
     others = [handler for handler in meant.get("kwargs_handlers", ()) if type(handler) not in map(type, handlers)]
@@ -120,17 +125,12 @@ def make_accelerator(settings: Settings, configured: dict[str, Any], several: bo
     return accelerator
 
 
-def _check_half(precision: str, kind: str) -> None:
-    """Refuse fp16 where it is not worth it, and warn where nothing keeps gradients from vanishing."""
-    if precision not in ("16-mixed", "16-true"):
-        return
-    if kind != "cuda":
+def _refuse_half(precision: str, kind: str) -> None:
+    if precision in ("16-mixed", "16-true") and kind != "cuda":
         raise SettingsError(
             f"precision={precision!r} needs a CUDA device, and this run is on {kind!r}, where fp16 is slow or "
             f"missing; use 'bf16-{precision.rpartition('-')[2]}' or '32-true'"
         )
-    if precision == "16-true":
-        warn("precision='16-true' does not scale the loss: gradients below 6e-8 become 0; 'bf16-true' is safer")
 
 
 def strategy_arguments(settings: Settings, kind: str, several: bool) -> dict[str, Any]:
@@ -293,28 +293,3 @@ def torch_flags(settings: Settings) -> Iterator[None]:
         torch.set_default_dtype(dtype)
         torch.backends.cudnn.benchmark = benchmark
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
-
-
-# ---- ranks -----------------------------------------------------------------------------------------------------------
-
-
-def rank() -> int:
-    """The rank of this process among all, from the variables that launchers set; 0 in a process on its own."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-
-
-def rank_zero_only(function: Callable[P, R]) -> Callable[P, R | None]:
-    """Call the function on rank 0 alone; on other ranks the call does nothing and returns None.
-
-    >>> import lightdeco as ld
-    >>> @ld.rank_zero_only
-    ... def greet(): return "hello"
-    >>> greet()
-    'hello'
-    """
-
-    @functools.wraps(function)
-    def on_rank_zero(*args: P.args, **kwargs: P.kwargs) -> R | None:
-        return function(*args, **kwargs) if rank() == 0 else None
-
-    return on_rank_zero

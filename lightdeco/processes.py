@@ -72,6 +72,7 @@ def start(
             raise LaunchError(f"{folder} served another call already; give each call a directory of its own")
         names = packing.pack(payload, folder / "payload", function=function)
         if names:
+            _refuse_guarded(names)
             _refuse_unguarded(names, count)
         (folder / "start.json").write_text(json.dumps(packing.preparation(), default=str))
         (folder / "beats").write_bytes(bytes(SLOT * count))
@@ -179,15 +180,10 @@ def _refuse_unguarded(names: set[str], count: int) -> None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not (frame.f_globals is main and frame.f_code.co_name == "<module>"):
         frame = frame.f_back
-    file = main.get("__file__")
-    if frame is None or file is None:
+    if frame is None:
         return
-    try:
-        statements = ast.parse(Path(file).read_bytes()).body
-    except (OSError, SyntaxError, ValueError):  # no source to read: the process that is started will refuse
-        return
-    line = frame.f_lineno
-    for statement in statements:
+    file, line = main.get("__file__"), frame.f_lineno
+    for statement in _statements():
         around = [node for node in ast.walk(statement) if isinstance(node, ast.stmt) and _holds(node, line)]
         if around and not any(isinstance(node, ast.If) for node in around):
             some = ", ".join(sorted(names)[:3])
@@ -195,6 +191,35 @@ def _refuse_unguarded(names: set[str], count: int) -> None:
                 f"{file}:{line} starts {count} processes, which import this file for {some} and would come to this "
                 'line again; put it under `if __name__ == "__main__":`'
             )
+
+
+def _refuse_guarded(names: set[str]) -> None:
+    """Refuse what the script defines for itself alone: the processes import it, and would not find it."""
+    guarded: dict[str, int] = {}
+    everywhere: set[str] = set()
+    for statement in _statements():
+        if not isinstance(statement, ast.If) or "__name__" not in ast.unparse(statement.test):
+            everywhere |= {n.name for n in ast.walk(statement) if isinstance(n, (ast.ClassDef, ast.FunctionDef))}
+            continue
+        for node in (each for part in statement.body for each in ast.walk(part)):
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                guarded[node.name] = node.lineno
+    for name in sorted(name.partition(".")[0] for name in names):
+        if name in guarded and name not in everywhere:
+            raise LaunchError(
+                f"{vars(sys.modules['__main__']).get('__file__')}:{guarded[name]} defines {name} under "
+                '`if __name__ == "__main__":`, where the processes, which import this file, do not see it; define it '
+                "above that line"
+            )
+
+
+def _statements() -> list[ast.stmt]:
+    """Those of the script; none where there is no source to read: the process that is started will refuse."""
+    file = vars(sys.modules["__main__"]).get("__file__")
+    try:
+        return ast.parse(Path(file).read_bytes()).body if file is not None else []
+    except (OSError, SyntaxError, ValueError):
+        return []
 
 
 def _holds(node: ast.stmt, line: int) -> bool:

@@ -87,8 +87,9 @@ def _move(progress: dict[str, Any], before: int, now: int) -> int:
 
 def _tell(before: int, now: int, again: int) -> None:
     repeated = f"; {again} of its batches are read again" if again else ""
+    had = f"{before} process{'es' * (before != 1)}"
     warn(
-        f"the run had {before} processes when the checkpoint was written, and has {now} now: an update is made of "
+        f"the run had {had} when the checkpoint was written, and has {now} now: an update is made of "
         f"{now} batches where it was of {before}. The samples come in the same order{repeated}"
     )
 

@@ -78,7 +78,7 @@ def _refuse_without_effect(s: Session) -> None:
 def _synchronise_batchnorm(model: nn.Module, device: torch.device) -> Callable[[], None]:
     """Replace every BatchNorm by `SyncBatchNorm`, with the same parameters and buffers; what is returned undoes it."""
     if device.type == "cpu":
-        raise LaunchError("sync_batchnorm=True: torch's SyncBatchNorm works on GPUs only")
+        raise LaunchError(launch.NO_SYNC)
     replaced = [
         (parent, name, child)
         for parent in model.modules()

@@ -177,7 +177,7 @@ def train_all(names: list[str], folder: Path) -> dict[str, Any]:
 
 
 def _rank() -> int:
-    return ld.launch.rank()  # type: ignore[attr-defined, no-any-return]
+    return ld.joined.rank()  # type: ignore[attr-defined, no-any-return]
 
 
 def _store() -> Any:
@@ -331,6 +331,7 @@ def test_settings_that_cannot_be_had_are_refused_before_anything_starts() -> Non
         ({"strategy": object(), "accelerator": "cpu"}, ld.SettingsError, "strategy is a object; allowed"),
         ({"devices": 2, "strategy": "fsdp"}, ld.LaunchError, "strategy='fsdp' needs GPUs"),
         ({"devices": 2, "precision": "16-mixed"}, ld.SettingsError, "precision='16-mixed' needs a CUDA device"),
+        ({"devices": 2, "sync_batchnorm": True}, ld.LaunchError, "SyncBatchNorm works on GPUs only"),
         ({"devices": 2, "callbacks": Locked()}, ld.LaunchError, "cannot be sent"),
     ]
     for settings, kind, message in wrong:

@@ -358,6 +358,28 @@ def test_a_script_without_a_guard(tmp_path: Path) -> None:
     assert 'put it under `if __name__ == "__main__":`' in err
 
 
+def test_a_class_under_the_guard(tmp_path: Path) -> None:
+    """It is refused before a process starts: the processes would import the script and not find it."""
+    source = """
+        import joining
+        from lightdeco import processes
+
+        if __name__ == "__main__":
+            class Net:
+                pass
+
+            processes._popen = None
+            processes.start(joining.join, [Net()], 2)
+    """
+    (tmp_path / "script.py").write_text(dedent(source))
+    (tmp_path / "joining.py").write_text("def join(payload, folder):\n    return folder / payload\n")
+    process = _python(str(tmp_path / "script.py"))
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert f"LaunchError: {tmp_path / 'script.py'}:6 defines Net under" in err
+    assert "define it above that line" in err
+
+
 def test_classes_of_a_notebook_travel_by_value() -> None:
     """What is defined where no file is, a class with a role and a lambda too, reaches the ranks through cloudpickle."""
     pytest.importorskip("cloudpickle")
