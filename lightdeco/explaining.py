@@ -246,8 +246,8 @@ class _Outline:
             if self._plan.all("on_before_optimizer_step"):
                 with self._block("optimizer.step:"):
                     self._hear("on_before_optimizer_step")
-            if self._processes > 1:
-                self._say(f"optimizer.step, first: average its gradients over the {self._processes} processes")
+            for first in heads.before_manual_step(s, self._processes):
+                self._say(f"optimizer.step, first: {first}")
             if s.accumulate_grad_batches != 1:
                 self._say(
                     f"optimizer.step and zero_grad, ld.clip_gradients: nothing, until {heads.window_text(s)} have come"

@@ -1,5 +1,7 @@
 """The heads of the loops in what `ld.explain` returns."""
 
+from collections.abc import Iterator
+
 import torch
 
 from . import launch
@@ -24,6 +26,14 @@ def start_text(count: int) -> str:
     if joined():
         return f"this is one of {count} processes that a launcher started; in each of them:"
     return f"start {count} new interpreters, each with a copy of model, data and settings; in each of them:"
+
+
+def before_manual_step(settings: Settings, processes: int) -> Iterator[str]:
+    """What `optimizer.step()` of a manual step does to the gradients."""
+    if processes > 1:
+        yield f"average its gradients over the {processes} processes"
+    if settings.precision == "16-mixed":
+        yield "unscale its gradients, unless ld.clip_gradients did; leave the update out where one overflowed in fp16"
 
 
 def averaged_text(count: int, window: bool) -> str | None:

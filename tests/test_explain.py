@@ -237,6 +237,8 @@ def test_a_manual_step_has_no_update_of_the_loop() -> None:
         "on_before_optimizer_step: Manual.look(optimizer)",
         "optimizer.step and zero_grad, ld.clip_gradients: nothing, until 2 batches have come",
     ]
+    half = "\n".join(body(Manual(), precision="16-mixed", devices=2))
+    assert half.index("optimizer.step, first: average its gradients") < half.index("optimizer.step, first: unscale")
 
 
 def test_parts_of_a_batch_precision_memory_and_profiler() -> None:
