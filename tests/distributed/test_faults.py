@@ -151,6 +151,9 @@ SCRIPT = """
             run = ld.fit(model, batches(7), max_epochs=2, seed=4, accelerator="cpu", root_dir=folder, name=str(number),
                          **QUIET, **devices)
             values = ld.validate(model, batches(3), accelerator="cpu", **QUIET, **devices)
+            outputs = torch.stack(list(ld.predict(model, batches(3), accelerator="cpu", **QUIET, **devices)))
+            with torch.no_grad():
+                assert torch.equal(outputs, torch.stack([model.eval().infer(batch) for batch in batches(3)]))
             if sys.argv[1] == "start" or run.is_main:
                 torch.save([model.state_dict(), values, run.global_step, run.metrics], folder / f"{number}.pt")
 """
@@ -158,7 +161,7 @@ SCRIPT = """
 
 @pytest.mark.slow
 def test_torchrun_gives_the_same_as_devices(tmp_path: Path) -> None:
-    """One script, under torchrun and with devices=2: equal weights and values, and twice in a process."""
+    """One script, under torchrun and with devices=2: equal weights, values, predictions; twice in a process."""
     script = tmp_path / "script.py"
     script.write_text(dedent(SCRIPT))
     found: list[list[Any]] = []
