@@ -10,13 +10,14 @@ from torch import Tensor
 
 from . import scaling
 from .branch import Branch
-from .errors import MarkError, SettingsError, nearest, warn
+from .errors import LaunchError, MarkError, SettingsError, nearest, warn
 from .manual import Manual, refuse_settings
 from .metrics import Series
 from .optim import Optim, clip, needs_closure, parameters_of, read_optimizers, step_scheduler
 from .peers import Peers
 from .plan import Hook
 from .session import Session
+from .sharding import Sharded
 
 
 def prepare_optimizers(s: Session, stack: ExitStack) -> None:
@@ -73,6 +74,11 @@ def _refuse_foreign(s: Session, where: str) -> None:
             which = f" {name!r}" if name else ""
             raise MarkError(
                 f"{where} returned an optimizer{which} that holds no parameter of {model}; give it self.parameters()"
+            )
+        if needs_closure(optim.optimizer) and isinstance(s.peers, Sharded):
+            raise LaunchError(
+                f"strategy='fsdp' cannot run {type(optim.optimizer).__name__}, which looks at all parameters as one "
+                "vector; 'ddp' can"
             )
         if needs_closure(optim.optimizer) and s.settings.accumulate_grad_batches != 1:
             kind = type(optim.optimizer).__name__

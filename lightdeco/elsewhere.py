@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 import torch
 from torch import nn
 
-from . import launch
+from . import group, launch, strategies
+from .materialise import Materialiser
 from .plan import Plan
 from .run import Run
 from .settings import Settings
@@ -117,16 +118,22 @@ def _start(
 def _work(call: _Call, folder: Path) -> Any:
     """In a started process: the verb; what rank 0 returns is sent back."""
     from . import checkpoint
+    from .checkpoint import dealt
 
     torch.set_rng_state(call.generator)
     settings = replace(call.settings, devices="auto")  # they are chosen already
-    result = call.verb(call.model, call.data, settings=settings, **call.more)
-    if isinstance(result, Iterator):
-        return list(result)
-    if not isinstance(result, Run):
-        return result
-    if result.is_main:
-        checkpoint.save(folder, _TRAINED, checkpoint.State(model=call.model.state_dict()))
+    with group.opened(launch.kind_of(settings), settings.process_timeout) as processes:
+        result = call.verb(call.model, call.data, settings=settings, **call.more)
+        if isinstance(result, Iterator):
+            return list(result)
+        if not isinstance(result, Run):
+            return result
+        trained = checkpoint.State(model=call.model.state_dict())
+        if strategies.name_of(settings) == "fsdp":
+            dealt.deal(trained, {}, processes)
+            processes.every(lambda: dealt.save(folder, _TRAINED, trained, processes))
+        elif result.is_main:
+            checkpoint.save(folder, _TRAINED, trained)
     return {name: getattr(result, name) for name in _TOLD}
 
 
@@ -140,6 +147,7 @@ def _take_over(plan: Plan, model: nn.Module, settings: Settings, path: Path) -> 
             method, select = plan.step(hook, None)
             positional, keywords = select(())
             method(*positional, **keywords)
+        Materialiser(model, 0).fill(model)
     if settings.precision in launch.TRUE:
         model.to(launch.TRUE[settings.precision])
     checkpoint.load_weights(model, path)

@@ -1,5 +1,6 @@
 """The processes of a run, and what they tell each other."""
 
+import atexit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -61,12 +62,28 @@ class Group:
                 result = function()
             except Exception as raised:  # the others wait: they must hear of it
                 error = raised
-        told = self.same((result, _sent(error)))
+        told = self.same((result, _sent(error, 0)))
         if error is not None:
             raise error
         if told[1] is not None:
             raise told[1]
         found: T = result if self.rank == 0 else told[0]
+        return found
+
+    def every(self, function: Callable[[], T]) -> T:
+        """Call a function on every process, which gets what its own returned; where one raises, all raise."""
+        result: Any = None
+        error: Exception | None = None
+        try:
+            result = function()
+        except Exception as raised:
+            if self.size == 1:
+                raise
+            error = raised
+        told = [each for each in self.gather(_sent(error, self.rank)) if each is not None]
+        if error is not None or told:
+            raise error or told[0]
+        found: T = result
         return found
 
     def among(self, ranks: tuple[int, ...]) -> Any:
@@ -81,20 +98,21 @@ class Group:
             torch.distributed.barrier()
 
 
-def _sent(error: Exception | None) -> Exception | None:
+def _sent(error: Exception | None, rank: int) -> Exception | None:
     """The error as another process can rebuild it: itself where it is one of lightdeco's, otherwise its text."""
     if error is None or isinstance(error, LightdecoError):
         return error
-    return LightdecoError(f"on rank 0: {type(error).__name__}: {error}")
+    return LightdecoError(f"on rank {rank}: {type(error).__name__}: {error}")
 
 
 @contextmanager
-def opened(kind: str, timeout_minutes: float | None) -> Iterator[Group]:
+def opened(kind: str, timeout_minutes: float | None, keep: bool = False) -> Iterator[Group]:
     """The group of the processes that a launcher or `processes.start` started; it is closed at the end.
 
     Args:
         kind: the kind of device: "cuda" talks through nccl, everything else through gloo.
         timeout_minutes: how long one process waits for another; None: half an hour.
+        keep: leave it open for what follows, until the process ends: a model that is cut lives in it.
     """
     place = join()
     if place.world_size == 1:
@@ -117,4 +135,12 @@ def opened(kind: str, timeout_minutes: float | None) -> Iterator[Group]:
     try:
         yield group
     finally:
+        if keep:
+            atexit.register(_close)
+        else:
+            torch.distributed.destroy_process_group()
+
+
+def _close() -> None:
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

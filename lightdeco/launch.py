@@ -2,13 +2,13 @@
 
 import inspect
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from . import fp8, seeds, xla
+from . import fp8, seeds, strategies, xla
 from .errors import LaunchError, MarkError, SettingsError, nearest, warn
 from .joined import joined, place
 from .plan import Hook, Plan
@@ -36,14 +36,20 @@ def count(settings: Settings, plan: Plan | None = None) -> int:
         fp8.require(settings, kind_of(settings), plan.one("configure_accelerator") is not None)
     if joined():
         _check_joined(settings)
+        strategies.check(settings, kind_of(settings), place().world_size, plan)
         return 1
+    wanted = _count(settings)
+    strategies.check(settings, kind_of(settings), wanted, plan)
+    return wanted
+
+
+def _count(settings: Settings) -> int:
     if settings.num_nodes > 1:
         raise LaunchError(
             f"num_nodes={settings.num_nodes}: a process cannot start others on other machines; start the script on "
             "each with torchrun, accelerate launch or srun, see docs/clusters.md"
         )
     kind, devices = kind_of(settings), settings.devices
-    strategy_arguments(settings, kind, several=False)  # refused before anything starts
     _refuse_half(settings.precision, kind)
     if kind == "cuda":
         there = torch.cuda.device_count()
@@ -102,11 +108,11 @@ def make_accelerator(settings: Settings, configured: dict[str, Any], several: bo
     if settings.precision == "16-true":
         warn("precision='16-true' does not scale the loss: gradients below 6e-8 become 0; 'bf16-true' is safer")
     arguments: dict[str, Any] = {"cpu": kind == "cpu", "mixed_precision": _PRECISION[settings.precision]}
-    meant, handlers = strategy_arguments(settings, kind, several), list(configured.get("kwargs_handlers") or ())
+    meant, handlers = strategies.arguments(settings, several), list(configured.get("kwargs_handlers") or ())
     others = [handler for handler in meant.get("kwargs_handlers", ()) if type(handler) not in map(type, handlers)]
     arguments |= configured | {"kwargs_handlers": [*handlers, *others]}
     arguments = fp8.with_recipe(settings, kind, arguments)
-    _refuse_compression(arguments.get("kwargs_handlers") or ())
+    strategies.refuse_compression(arguments.get("kwargs_handlers") or ())
     if isinstance(settings.devices, list) and len(settings.devices) == 1 and kind == "cuda" and not joined():
         torch.cuda.set_device(settings.devices[0])
         os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{settings.devices[0]}"
@@ -131,52 +137,6 @@ def _refuse_half(precision: str, kind: str) -> None:
             f"precision={precision!r} needs a CUDA device, and this run is on {kind!r}, where fp16 is slow or "
             f"missing; use 'bf16-{precision.rpartition('-')[2]}' or '32-true'"
         )
-
-
-def strategy_arguments(settings: Settings, kind: str, several: bool) -> dict[str, Any]:
-    """The arguments of `Accelerator` that `strategy` means.
-
-    Raises:
-        LaunchError: this machine cannot run it, where accelerate would run another one in silence; or it compresses.
-        SettingsError: it is no plugin of accelerate.
-    """
-    from accelerate.utils import DistributedDataParallelKwargs
-
-    strategy = settings.strategy
-    if strategy in ("auto", "ddp"):
-        return {"kwargs_handlers": [DistributedDataParallelKwargs(find_unused_parameters=True)]} if several else {}
-    if isinstance(strategy, DistributedDataParallelKwargs):
-        _refuse_compression([strategy])
-        return {"kwargs_handlers": [strategy]}
-    name = strategy if isinstance(strategy, str) else _PLUGINS.get(type(strategy).__name__)
-    if name is None:
-        known = ", ".join(["DistributedDataParallelKwargs", *_PLUGINS])
-        raise SettingsError(
-            f"strategy is a {type(strategy).__name__}; allowed: 'auto', 'ddp', 'fsdp', 'deepspeed', or an object of "
-            f"accelerate: {known}"
-        )
-    if kind != "cuda":
-        raise LaunchError(f"strategy={name!r} needs GPUs, and this run is on the {kind}; there 'ddp' can be run")
-    raise LaunchError(f"strategy={name!r} is not available yet; available: 'auto', 'ddp'")
-
-
-def _refuse_compression(handlers: Iterable[object]) -> None:
-    """What the processes agree on is a gradient of its own (ballot.py), which must arrive as it was sent."""
-    from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
-
-    for handler in handlers:
-        if not isinstance(handler, DistributedDataParallelKwargs):
-            continue
-        for name in ("comm_hook", "comm_wrapper"):
-            hook = getattr(handler, name)
-            if hook != DDPCommunicationHookType.NO:
-                raise LaunchError(
-                    f"{name}={hook}: what the processes tell each other (the weights of batches, the time, who asks to "
-                    "stop) travels with the gradients and would be rounded with them, or overflow; leave it out"
-                )
-
-
-_PLUGINS = {"FullyShardedDataParallelPlugin": "fsdp", "DeepSpeedPlugin": "deepspeed"}
 
 
 def kind_of(settings: Settings) -> str:

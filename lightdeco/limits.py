@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
+from .alone import Alone
 from .data.loader import Loader
 from .errors import SettingsError, warn
-from .peers import Alone
 from .settings import Settings
 
 _OWN = ("max_epochs", "max_steps", "max_time")

@@ -61,6 +61,7 @@ from torch import nn
 
 from . import elsewhere, launch, seeds
 from .child import beat
+from .counted import kept
 from .current import active
 from .data import batch_size_of
 from .data.loader import Loader
@@ -384,8 +385,12 @@ def _evaluate(s: Session, stage: str, sanity: bool = False) -> dict[str, float]:
         for index, loader in enumerate(s.loaders[stage]):
             limit, batch_idx = cut(s.settings, loader, stage, sanity=sanity), -1
             with closing(loader.batches(run.epoch)) as batches:
-                for batch_idx, batch in enumerate(islice(batches, limit)):
-                    _evaluate_batch(s, stage, batch, batch_idx, index)
+                for batch, own in s.peers.rounds(islice(batches, limit)):
+                    if own:
+                        batch_idx += 1
+                        _evaluate_batch(s, stage, batch, batch_idx, index)
+                    else:
+                        _accompany(s, stage, batch, index)
                     s.signals.end()
             if batch_idx < 0 and limit != 0 and run.is_main:  # of several processes, the first has one if any has
                 name = f" {loader.name!r}" if loader.name else ""
@@ -413,7 +418,7 @@ def _evaluate_batch(s: Session, stage: str, batch: Any, batch_idx: int, index: i
     run.batch, run.batch_idx = batch, batch_idx
     beat(run.global_step, _EVENT[stage])
     seed = seeds.eval_seed(run.seed, index, batch_idx * run.world_size + run.rank)
-    with no_grad(s.settings.inference_mode and s.settings.precision != "fp8", run.device):
+    with no_grad(s.inference, run.device):
         if s.transfer is not None:
             s.reseed(seed)
             run.batch = batch = s.transfer(batch, run.device, index)
@@ -432,6 +437,19 @@ def _evaluate_batch(s: Session, stage: str, batch: Any, batch_idx: int, index: i
     return outputs
 
 
+def _accompany(s: Session, stage: str, batch: Any, index: int) -> None:
+    """Take part in a batch of another process, which has more of them: a sharded model is gathered from all.
+
+    Nothing of it is kept.
+    """
+    run = s.run
+    with run.forgetting(), run.during("sanity", Means(run.device)), kept(run.model), no_grad(False, run.device):
+        if s.transfer is not None:
+            batch = s.transfer(batch, run.device, index)
+        run.batch = batch
+        s.steps(STAGE_STEP[stage], batch, 0, index)
+
+
 def _predict(plan: Plan, given: Mapping[str, object], settings: Settings, weights: "Weights") -> Iterator[Any]:
     """The generator of `predict`: inside the run while a batch is worked on, outside while the caller has the floor."""
     with opened(plan, given, settings, writes=False, weights=weights) as s:
@@ -442,11 +460,16 @@ def _predict(plan: Plan, given: Mapping[str, object], settings: Settings, weight
             s.call["on_predict_epoch_start"]()
         for index, loader in enumerate(s.loaders["predict"]):
             with closing(loader.batches(0)) as batches:
-                numbered = enumerate(islice(batches, cut(settings, loader, "predict")))
+                rounds, batch_idx = s.peers.rounds(islice(batches, cut(settings, loader, "predict"))), -1
                 while True:
                     with _inside(s):
-                        batch_idx, batch = next(numbered, (0, _END))
-                        own = [] if batch is _END else [_evaluate_batch(s, "predict", batch, batch_idx, index)]
+                        batch, mine = next(rounds, (_END, False))
+                        own: list[Any] = []
+                        if mine:
+                            batch_idx += 1
+                            own = [_evaluate_batch(s, "predict", batch, batch_idx, index)]
+                        elif batch is not _END:
+                            _accompany(s, "predict", batch, index)
                         outputs = [each for part in s.group.gather(own) for each in part]
                     if not outputs:
                         break

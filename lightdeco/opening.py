@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import ending, group, launch, loggers, seeds, xla
+from . import ending, group, launch, loggers, seeds, sharding, strategies, xla
 from .branching import prepare_optimizers
 from .child import beat
 from .compiling import compile_forward
@@ -20,6 +20,7 @@ from .errors import DataError, warn
 from .group import Kept
 from .limits import expected
 from .loggers.masking import mask
+from .materialise import Materialiser
 from .metrics import Means
 from .plan import Plan
 from .roles import BATCH_ENDS, STAGE_LOADER, TRANSFER, VERB_STAGE
@@ -47,7 +48,8 @@ def opened(
     from . import requeue, resuming  # here and below: what has to do with checkpoints is imported when a verb runs
 
     process = launch.Process(settings)
-    with group.opened(launch.kind_of(settings), settings.process_timeout) as processes:
+    cut = strategies.name_of(settings) == "fsdp"
+    with group.opened(launch.kind_of(settings), settings.process_timeout, keep=cut) as processes:
         with process.entered():
             resumed = resuming.look(plan, settings, writes, weights, processes)
             seed = settings.seed if settings.seed is not None else int(torch.randint(2**32, ()))
@@ -113,8 +115,11 @@ def _set_up(s: Session, writes: bool, stack: ExitStack, resumed: "Resumed | None
     beat(0, "setting up")
     call.get("setup", _nothing)(s.plan.verb)
     call.get("configure_model", _nothing)()
+    cut = sharding.wanted(s)
+    if not cut:
+        Materialiser(model, run.seed).fill(model)
     stack.callback(restore_modes, modes_of(model))
-    if resumed is not None:
+    if resumed is not None and not cut:
         resuming.load_first(s, resumed)
 
     if settings.precision in launch.TRUE:
@@ -122,6 +127,8 @@ def _set_up(s: Session, writes: bool, stack: ExitStack, resumed: "Resumed | None
     if settings.compile is not False:
         stack.callback(compile_forward(model, settings.compile))
     wrap(s)
+    if resumed is not None and cut:
+        resuming.load_first(s, resumed)  # each process its part
     s.reseed = seeds.reseeder(run.device)
     if run.device.type == "xla":
         s.call |= {event: xla.synced(call[event]) for event in BATCH_ENDS}

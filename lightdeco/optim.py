@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from .dtensor import is_sharded, local, whole
 from .errors import MarkError, SettingsError, StepError, nearest, warn
 
 
@@ -194,13 +195,17 @@ def clip(optimizer: Optimizer, value: float, algorithm: str) -> None:
     if algorithm == "norm":
         nn.utils.clip_grad_norm_(parameters, value)
     else:
-        nn.utils.clip_grad_value_(parameters, value)
+        cut = [local(p.grad) for p in parameters if is_sharded(p) and p.grad is not None]
+        for grad in cut:  # which torch's own function refuses
+            grad.clamp_(-value, value)
+        if not cut:
+            nn.utils.clip_grad_value_(parameters, value)
 
 
 def finite_gradients(optimizer: Optimizer) -> Tensor:
     """Whether the norm of all gradients is finite: a 0-dim bool on their device."""
     grads = gradients_of(optimizer)
-    return torch.isfinite(nn.utils.get_total_norm(grads))
+    return torch.isfinite(whole(nn.utils.get_total_norm(grads)))
 
 
 class Window:

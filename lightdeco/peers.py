@@ -6,7 +6,7 @@ every process stops, saves and clips at the same step.
 
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,73 +14,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from . import unused
+from .alone import Alone, Bad
 from .ballot import FACTOR, LOSS, NO_SIGNALS, SECONDS, SIGNALS, SIZE, STOP, Cast, SharedSteps, refuse_weightless
 from .child import beat
 from .data import batch_size_of
 from .data.loader import Loader
+from .dtensor import is_sharded
 from .errors import warn
 from .group import Group
-from .optim import Window, gradients_of, parameters_of
+from .optim import gradients_of, parameters_of
 from .run import Run
 from .signals import ENDS, Signals
 from .windows import SharedWindow
-
-
-class Bad(NamedTuple):
-    """A loss that was not finite: the batch of the epoch, the step that it made, and which loss it is."""
-
-    batch: int
-    step: int
-    which: str
-
-
-class Alone:
-    """A process on its own: it asks nobody."""
-
-    size = 1
-
-    def __init__(self, run: Run, signals: Signals) -> None:
-        self.run, self.signals = run, signals
-        self.group = Group()
-        #: `monotonic()` when training would have begun, had it not been interrupted.
-        self.started = monotonic()
-
-    @property
-    def stop(self) -> bool:
-        """Whether `run.should_stop` was set."""
-        return self.run.should_stop
-
-    def seconds(self) -> float:
-        """Time in training, that before an interruption included."""
-        return monotonic() - self.started
-
-    def window(self, size: int) -> Window:
-        """The micro-batches of one update."""
-        return Window(size)
-
-    def agree(self) -> None:
-        """Between two epochs or after an evaluation: hear what the others wish."""
-
-    def align(self, model: nn.Module, weights: bool = False) -> None:
-        """Give every process the buffers of rank 0, before an evaluation; `weights`: the parameters too."""
-
-    def refresh(self) -> None:
-        """At the beginning of an epoch: look which parameters require grad."""
-
-    def measure(self, loader: Loader) -> None:
-        """Look at the training loader, from which the processes read."""
-
-    def shortest(self, length: int | None) -> int | None:
-        """The least of the lengths; None where a process does not know its own."""
-        return length
-
-    def earliest(self, bad: Bad | None) -> Bad | None:
-        """The first loss that was not finite, of any process."""
-        return bad
-
-    def together(self, batches: Any) -> Any:
-        """The batches, as long as every process has one."""
-        return batches
 
 
 class Peers(Alone):
@@ -189,18 +134,26 @@ class Peers(Alone):
             if names := unused.without_gradient(self._wrapped):
                 raise unused.refusal(names)
         votes, self._ballot.grad = self._ballot.grad, None
+        self.tally(votes, gradients_of(optimizer))
+
+    def tally(self, votes: Tensor, gradients: list[Tensor]) -> None:
+        """Take over what was agreed, and divide the gradients by the mean factor; `votes` are means.
+
+        Raises:
+            StepError: every weight of the window was 0.
+        """
         if self.needs_loss:
             self.loss = votes[LOSS] / votes[FACTOR]
         if votes.device.type != "cpu":
             factor = votes[FACTOR]
-            torch._foreach_div_(gradients_of(optimizer), torch.where(factor == 0, torch.ones_like(factor), factor))
+            torch._foreach_div_(gradients, torch.where(factor == 0, torch.ones_like(factor), factor))
             self._read_later(votes)
             return
         numbers = votes.tolist()
         self._read(numbers)
         refuse_weightless(numbers)
         if numbers[FACTOR] != 1.0:
-            torch._foreach_div_(gradients_of(optimizer), numbers[FACTOR])
+            torch._foreach_div_(gradients, numbers[FACTOR])
 
     def average(self, optimizer: Optimizer, factor: Any) -> None:
         """The sum of the optimizer's gradients over all processes, divided by the sum of factors; one all-reduce.
@@ -245,7 +198,8 @@ class Peers(Alone):
         """One broadcast for each dtype; a model without buffers costs nothing."""
         kinds: dict[torch.dtype, list[Tensor]] = {}
         for tensor in (*model.buffers(), *(model.parameters() if weights else ())):
-            kinds.setdefault(tensor.dtype, []).append(tensor.detach())
+            if not is_sharded(tensor):
+                kinds.setdefault(tensor.dtype, []).append(tensor.detach())
         for tensors in kinds.values():
             flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
             torch.distributed.broadcast(flat, src=0)

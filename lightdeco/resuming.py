@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from torch import nn
 
-from . import checkpoint, ranks
+from . import checkpoint, ranks, strategies
 from .callbacks.model_checkpoint import POLICY, DefaultCheckpoint, ModelCheckpoint
 from .checkpoint import State
 from .directory import find
@@ -57,7 +57,8 @@ def look(plan: Plan, settings: Settings, writes: bool, weights: Weights, group: 
     named = None if settings.name is None else (Path(settings.root_dir) / settings.name).resolve()
     if directory is not None and named not in (None, directory.resolve()):
         directory = None  # the run goes on under a name of its own
-    return Resumed(directory, path, ranks.own(checkpoint.load(path), group) if path is not None else None)
+    cut = group if strategies.name_of(settings) == "fsdp" else None
+    return Resumed(directory, path, ranks.own(checkpoint.load(path, cut), group) if path is not None else None)
 
 
 def _evaluated(settings: Settings, name: str, weights: Weights) -> Path | None:

@@ -3,19 +3,23 @@
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
-from . import checkpoint
+from . import checkpoint, sharding
 from .callbacks.model_checkpoint import POLICY, ModelCheckpoint
-from .checkpoint import Snapshot, State
+from .checkpoint import Snapshot, State, dealt
 from .checkpoint.content import encode
 from .child import beat
+from .dtensor import local
 from .errors import CheckpointError, LightdecoError, SettingsError, StepError, warn
 from .group import Group, Kept
 from .session import Session
 from .state import collect, collect_metrics
+
+T = TypeVar("T")
 
 
 class Saver:
@@ -33,6 +37,8 @@ class Saver:
         self._validated = False  # since the last boundary
         self._metrics: dict[str, Any] | None = None  # of an epoch that is being ended
         self._score: float | None = None  # of a validation that improved, and is not saved yet
+        #: Every process writes its part of a model that is cut; in the foreground, since they write together.
+        self._cut = sharding.wanted(session)
         self._held: tuple[Kept[Snapshot], str, tuple[int, ...]] | None = None
         self._saved: tuple[int, ...] | None = self._position()  # of the last write, or where the run began
         self._thread: threading.Thread | None = None
@@ -95,7 +101,7 @@ class Saver:
 
     def fail(self, error: BaseException) -> None:
         """On an error: write what is held and, where the error came between two updates, the state; never raises."""
-        if isinstance(error, CheckpointError) or self._group.rank > 0:
+        if isinstance(error, CheckpointError) or self._group.rank > 0 or self._cut:
             return
         alone = self._group.size == 1
         self._group = Group()  # the other processes are elsewhere
@@ -145,10 +151,10 @@ class Saver:
         run = self._session.run
         if self._session.settings.on_nan != "raise":
             return
-        floating = [p.detach() for p in run.model.parameters() if p.is_floating_point()]
-        finite = [torch.isfinite(norm) for norm in torch._foreach_norm(floating)] if floating else []
-        if not all(bool(each) for each in finite) and not all(bool(torch.isfinite(p).all()) for p in floating):
-            names = [name for name, p in run.model.named_parameters() if not bool(torch.isfinite(p).all())]
+        names = _not_finite(run.model)
+        if self._cut:
+            names = list(dict.fromkeys(name for each in self._group.gather(names) for name in each))
+        if names:
             raise StepError(
                 f"the weights are not finite (NaN or infinite) after global_step {run.global_step}: "
                 f"{', '.join(names[:5])}{' …' if len(names) > 5 else ''}; they were not saved. "
@@ -158,8 +164,12 @@ class Saver:
     def _hold(self, score: float) -> None:
         """Keep a copy of the state in memory, until the next write is due."""
         state, name = self._ranked(score)
-        held = self._group.first(lambda: Kept(checkpoint.snapshot(state)))
+        held = self._together(lambda: Kept(checkpoint.snapshot(state)))
         self._held = held, name, self._position()
+
+    def _together(self, function: Callable[[], T]) -> T:
+        """Call a function where something is written: on rank 0, or on every process."""
+        return self._group.every(function) if self._cut else self._group.first(function)
 
     def _ranked(self, score: float | None, final: bool = False) -> tuple[State, str]:
         """The state as it is now, with what the policy knows once it is written."""
@@ -186,11 +196,11 @@ class Saver:
         beat(self._session.run.global_step, "saving")
         self.policy.written(name, self._session.run.global_step, self._session.peers.seconds())
         self._saved = position
-        background = self.policy.background and not final
+        background = self.policy.background and not final and not self._cut
         if isinstance(state, State):
             # Encoded first: what cannot be kept never can, so that it ends the run now.
             copied, encoded = checkpoint.snapshot if background else encode, state
-            state = self._group.first(lambda: Kept(copied(encoded)))
+            state = self._together(lambda: Kept(copied(encoded)))
         content = state.thing
         if not background:
             self._attempt(lambda: self._save(content, name, final), name, final)
@@ -222,7 +232,7 @@ class Saver:
 
     def _attempt(self, write: Callable[[], None], name: str, final: bool) -> None:
         try:
-            self._group.first(write)
+            self._together(write)
             self.show()
         except CheckpointError as error:
             self.policy.forget(name)
@@ -235,8 +245,12 @@ class Saver:
 
     def _save(self, content: Snapshot | None, name: str, final: bool) -> None:
         assert content is not None
-        checkpoint.save(self.directory, name, content)
-        self._prune(final)
+        if self._cut:
+            dealt.save(self.directory, name, content, self._group)
+        else:
+            checkpoint.save(self.directory, name, content)
+        if self._group.rank == 0:
+            self._prune(final)
 
     def show(self) -> None:
         """Tell the run which checkpoints are the last and the best, of those that are there."""
@@ -251,3 +265,13 @@ class Saver:
         keep = self.policy.keep(ending)
         if keep:
             checkpoint.prune(self.directory, keep)
+
+
+def _not_finite(model: nn.Module) -> list[str]:
+    """The parameters that are not finite, of each the part of this process. Waits for the device."""
+    parameters = {name: local(p.detach()) for name, p in model.named_parameters() if p.is_floating_point()}
+    there = [p for p in parameters.values() if p.numel()]
+    finite = [torch.isfinite(norm) for norm in torch._foreach_norm(there)] if there else []
+    if all(bool(each) for each in finite):
+        return []
+    return [name for name, p in parameters.items() if not bool(torch.isfinite(p).all())]

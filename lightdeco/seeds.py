@@ -25,7 +25,7 @@ import torch
 from . import xla
 
 _MASK = 0xFFFF_FFFF_FFFF_FFFF
-_ORDER, _DATA, _STEP, _EVAL = 1, 2, 3, 4
+_ORDER, _DATA, _STEP, _EVAL, _MODULE = 1, 2, 3, 4, 5
 
 
 def _absorb(state: int, value: int) -> int:
@@ -83,6 +83,11 @@ def eval_seed(seed: int, loader: int, batch: int) -> int:
     It does not depend on the epoch: two validations of the same weights give the same numbers.
     """
     return _mix(_EVAL, seed, loader, batch)
+
+
+def module_seed(seed: int, number: int) -> int:
+    """The seed of the values that the `number`-th module of a model gets when it was built on the meta device."""
+    return _mix(_MODULE, seed, number)
 
 
 def seed_all(seed: int) -> None:

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from . import launch
+from . import launch, strategies
+from .alone import Alone, Bad
 from .branch import Branch, others
 from .callbacks.model_checkpoint import ModelCheckpoint
 from .data.loader import Loader
@@ -19,7 +20,6 @@ from .group import Group
 from .limits import accumulation
 from .metrics import Means
 from .optim import parameters_of
-from .peers import Alone, Bad
 from .plan import Plan
 from .run import Run
 from .scaling import Scaler
@@ -117,6 +117,12 @@ class Session:
     checked_batch: int = 0
     """Batches of the epoch that were done when losses were last checked; `checked_step` likewise."""
     checked_step: int = 0
+
+    @property
+    def inference(self) -> bool:
+        """Whether evaluations run in torch's inference mode, which neither torchao's fp8 nor FSDP can do."""
+        settings = self.settings
+        return settings.inference_mode and settings.precision != "fp8" and strategies.name_of(settings) != "fsdp"
 
     def checks_sanity(self) -> bool:
         """Whether a few batches of validation run before training; never from an iterator, which would lose them."""

@@ -6,9 +6,12 @@ from itertools import zip_longest
 from time import monotonic
 from typing import Any, Final
 
-from . import ranks, xla
+from . import ranks, sharding, xla
 from .callbacks.model_checkpoint import POLICY
 from .checkpoint import State, load_optimizer
+from .checkpoint.dealt import deal
+from .counted import counted, metric_modules, set_counted
+from .dtensor import reshard
 from .errors import CheckpointError, warn
 from .plan import Hook
 from .seeds import random_state, set_random_state
@@ -26,6 +29,7 @@ def collect(s: Session, metrics: Mapping[str, Any] | None = None) -> State:
     `metrics`: what `collect_metrics` gave, where that was taken away meanwhile.
     """
     run = s.run
+    reshard(run.model)  # the user may have called it
     xla.sync()  # or each tensor would be read by a program of its own
     run.progress.seconds = s.seconds()
     corners: dict[str, Any] = {}
@@ -47,6 +51,8 @@ def collect(s: Session, metrics: Mapping[str, Any] | None = None) -> State:
         versions=s.provenance["environment"],
     )
     ranks.gather(state, s.group)
+    if sharding.wanted(s):
+        deal(state, {name: optim.optimizer for name, optim in run.optims.items()}, s.group)
     return state
 
 
@@ -237,21 +243,10 @@ def restore_data(s: Session, state: State) -> None:
 # ---- torchmetrics ----------------------------------------------------------------------------------------------------
 
 
-def _metric_modules(s: Session) -> dict[str, Any]:
-    """The torchmetrics objects in the model, by their path; `state_dict` leaves out what they have counted."""
-    return {n: m for n, m in s.plan.model.named_modules() if hasattr(m, "_defaults") and hasattr(m, "_update_count")}
-
-
 def _torchmetrics(s: Session) -> dict[str, Any]:
-    modules = _metric_modules(s)
-    paths = {id(module): path for path, module in modules.items()}
+    paths = {id(module): path for path, module in metric_modules(s.plan.model).items()}
     logged = {name: paths.get(id(metric)) for name, metric in s.means.metrics.items()}
-    counted = {
-        path: {"count": m._update_count, **{name: getattr(m, name) for name in m._defaults}}
-        for path, m in modules.items()
-        if m._update_count
-    }
-    return {"logged": logged, "counted": counted}
+    return {"logged": logged, "counted": counted(s.plan.model)}
 
 
 def _without_unkept(s: Session, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -268,15 +263,6 @@ def _without_unkept(s: Session, metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _restore_torchmetrics(s: Session, state: Mapping[str, Any]) -> None:
-    modules = _metric_modules(s)
-    for path, values in state["counted"].items():
-        if path in modules:
-            metric = modules[path]
-            for name in metric._defaults:
-                setattr(metric, name, _moved(values[name], metric.device))
-            metric._update_count, metric._computed = values["count"], None
+    set_counted(s.plan.model, state["counted"])
+    modules = metric_modules(s.plan.model)
     s.means.metrics.update({name: modules[path] for name, path in state["logged"].items() if path in modules})
-
-
-def _moved(value: Any, device: Any) -> Any:
-    return [v.to(device) for v in value] if isinstance(value, list) else value.to(device)

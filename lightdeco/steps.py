@@ -162,6 +162,6 @@ def no_grad(inference_mode: bool, device: torch.device) -> AbstractContextManage
     """The context of an evaluation step: `torch.inference_mode()`, or `torch.no_grad()` when that is switched off.
 
     On XLA it is `no_grad` too: most operations of torch_xla fail in inference mode. So do torchao's under autocast, and
-    the loop switches it off for "fp8".
+    what FSDP gathers in it could not be trained: see `Session.inference`.
     """
     return torch.inference_mode() if inference_mode and device.type != "xla" else torch.no_grad()

@@ -1,17 +1,24 @@
 """The steps of a run, and what accelerate wraps around them: autocast, DDP."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import fp8, launch, xla
+from . import fp8, launch, sharding, xla
+from .alone import Alone
 from .ballot import SharedSteps
+from .dtensor import is_sharded
 from .errors import LaunchError, warn
-from .peers import Alone, Peers
+from .peers import Peers
 from .session import Session
 from .steps import Steps
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def wrap(s: Session) -> None:
@@ -34,6 +41,14 @@ def wrap(s: Session) -> None:
         assert recipe is not None  # `launch` has seen to it
         s.stack.callback(fp8.convert(model, recipe))
     calls = {key: s.plan.step(hook, run) for key, hook in hooks.items()}
+    if sharding.wanted(s):
+        sharding.wrap(s, calls)
+        return
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise LaunchError(
+            f"{type(model).__name__} lies in parts on several processes since a run with strategy='fsdp'; give this "
+            "one the same strategy, or load its checkpoint into a new model"
+        )
     shared = s.group.size > 1 and s.plan.verb == "fit"
     _refuse_without_effect(s)
     if not shared:
@@ -44,26 +59,27 @@ def wrap(s: Session) -> None:
         # Where nothing wraps the steps, training calls its own without the way round.
         s.bare = s.wrapped is s.steps and "forward" not in vars(s.steps)
         return
-    s.peers = peers = Peers(run, s.signals, s.group)
     if settings.sync_batchnorm:
         s.stack.callback(_synchronise_batchnorm(model, run.device))
+    s.peers = together = Peers(run, s.signals, s.group)
     if manual:  # calls backward inside of its forward, where DDP cannot follow: `Peers.average` instead
         s.steps = Steps(model, calls)
         s.wrapped = accelerator.prepare_model(s.steps, evaluation_mode=True)
-        peers.align(model, weights=True)
+        together.align(model, weights=True)
         return
     s.steps = steps = SharedSteps(model, calls, training)
+    again = partial(_in_ddp, accelerator, run.device)
+    s.wrapped = together.wrap(steps, accelerator.prepare_model(steps), again)
 
-    def again(module: nn.Module) -> nn.Module:
-        handler = accelerator.ddp_handler
-        options = {} if handler is None else handler.to_kwargs()
-        on_gpu = run.device.type == "cuda"
-        wrapped = DistributedDataParallel(module, device_ids=[run.device.index] if on_gpu else None, **options)
-        if handler is not None:
-            handler.register_comm_hook(wrapped)
-        return wrapped
 
-    s.wrapped = peers.wrap(steps, accelerator.prepare_model(steps), again)
+def _in_ddp(accelerator: "Accelerator", device: torch.device, module: nn.Module) -> nn.Module:
+    """The module wrapped in DDP anew, as accelerate does it."""
+    handler = accelerator.ddp_handler
+    options = {} if handler is None else handler.to_kwargs()
+    wrapped = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None, **options)
+    if handler is not None:
+        handler.register_comm_hook(wrapped)
+    return wrapped
 
 
 def _refuse_without_effect(s: Session) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lightdeco as ld
-from lightdeco import ModelCheckpoint, checkpoint, peers
+from lightdeco import ModelCheckpoint, alone, checkpoint
 from tests.models import QUIET, Net, batches, equal, weights
 
 SIX, TWO = batches(6), batches(2)
@@ -259,7 +259,7 @@ def test_a_monitor_without_a_validation_is_refused(settings: Any) -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """The clock of the policies stands still; what is returned moves it on."""
     now = [0.0]
-    monkeypatch.setattr(peers, "monotonic", lambda: now[0])
+    monkeypatch.setattr(alone, "monotonic", lambda: now[0])
 
     def on(seconds: float) -> None:
         now[0] += seconds

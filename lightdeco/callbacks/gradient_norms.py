@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightdeco.dtensor import is_sharded, local
 from lightdeco.marks import (
     on_before_optimizer_step,
     on_train_batch_end,
@@ -91,7 +92,7 @@ def norms(optimizer: Optimizer, names: dict[int, str], name: str) -> dict[str, T
     found = [(p, p.grad.detach()) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not found:
         return {}
-    grads = [_dense(grad) for _, grad in found]
+    grads = [_dense(local(grad)) for _, grad in found]
     dtype = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
     with torch.no_grad():
         each = [norm.to(grads[0].device) for norm in torch._foreach_norm(grads, 2, dtype)]
@@ -100,7 +101,12 @@ def norms(optimizer: Optimizer, names: dict[int, str], name: str) -> dict[str, T
             if id(p) in names:  # not one that the optimizer has from elsewhere
                 parts.setdefault(f"{name}/{names[id(p)]}", []).append(norm)
         every = {name: each} | parts
-        return {key: torch.linalg.vector_norm(torch.stack(values)) for key, values in every.items()}
+        sums = {key: torch.linalg.vector_norm(torch.stack(values)) for key, values in every.items()}
+        if any(is_sharded(grad) for _, grad in found):  # these are the norms of this process's parts
+            squares = torch.stack(list(sums.values())).square()
+            torch.distributed.all_reduce(squares)
+            sums = dict(zip(sums, squares.sqrt(), strict=True))
+        return sums
 
 
 def _dense(grad: Tensor) -> Tensor:

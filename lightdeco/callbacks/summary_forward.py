@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from lightdeco import seeds
 from lightdeco.data import to_device
+from lightdeco.dtensor import forget_forward, reshard
 from lightdeco.steps import evaluating
 
 if TYPE_CHECKING:
@@ -67,7 +68,10 @@ def measure(model: nn.Module, device: torch.device, accelerator: "Accelerator | 
             with FlopCounterMode(display=False) as counter, _hooked(model, parts, counter):
                 model(*positional, **keywords)
     except Exception as error:  # the user's forward with the user's example: a table is no reason to end a run
+        forget_forward(model)
         return Forward(failure=f"forward(example_input) failed with {type(error).__name__}")
+    finally:
+        reshard(model)
     return Forward(parts, int(counter.get_total_flops()))
 
 

@@ -7,6 +7,8 @@
         state.json             everything else; refers to the tensors by name
         manifest.json          size and hash of each file; written last
 
+Of a model in parts there are several files: see dealt.py.
+
 `save` and `load` move a `State`; `snapshot` copies one so that training may go on; `newest_valid` finds what to resume
 from; `prune` removes the rest. `python -m lightdeco.checkpoint PATH` shows what is in one.
 """
@@ -17,12 +19,14 @@ from pathlib import Path
 from torch import Tensor
 
 from lightdeco.errors import CheckpointError
+from lightdeco.group import Group
 
-from . import storage, tensors
+from . import dealt, storage, tensors
 from .content import FILES, JSON, MODEL, OPTIMIZER, OTHERS, Snapshot, State, decode, encode, snapshot
 from .files import MAX_JSON, Record, Sink, Source, reported
 from .manifest import MANIFEST, Manifest, check_files, read_manifest, verify
 from .restore import Loaded, load_optimizer, load_weights
+from .tensors import Keep
 
 __all__ = [
     "Loaded",
@@ -96,17 +100,25 @@ def prune(directory: Path, keep: Collection[str]) -> list[str]:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def load(path: Path) -> State:
+def load(path: Path, cut: Group | None = None) -> State:
     """Read a checkpoint. Every size and hash is checked; tensors are on the CPU.
 
     Nothing is unpickled, imported or evaluated, and the memory used is bounded by the size of the files.
+
+    `cut`: the processes on which the model lies in parts: this one keeps its part of the optimizers' tensors, and no
+    tensor of the model, which `load_weights` reads.
 
     Raises:
         CheckpointError: names the file and what is wrong with it.
     """
     path = Path(path)
     manifest = _manifest(path)
-    groups = [_read_tensors(path, manifest, file) for file in (MODEL, OPTIMIZER, OTHERS)]
+    keep = None if cut is None else dealt.own_rows(cut)
+    groups: list[dict[str, Tensor]] = [{}, {}, {}]
+    for found, group in zip(groups, (MODEL, OPTIMIZER, OTHERS), strict=True):
+        if cut is None or group != MODEL:
+            for file in dealt.holding(manifest.files, group):
+                found |= _read_tensors(path, manifest, file, keep if dealt.is_part(file) else None)
     with Source(path / JSON) as source:
         if source.size > MAX_JSON:
             raise CheckpointError(f"{path / JSON}: {source.size} bytes; allowed: {MAX_JSON}")
@@ -162,13 +174,13 @@ def _candidates(directory: Path) -> list[Path]:
 
 def _manifest(path: Path) -> Manifest:
     manifest = check_files(path)
-    if manifest.files.keys() != set(FILES):
+    if not dealt.complete(manifest.files):
         raise CheckpointError(f"{path / MANIFEST}: lists {sorted(manifest.files)}; a checkpoint has {sorted(FILES)}")
     return manifest
 
 
-def _read_tensors(path: Path, manifest: Manifest, file: str) -> dict[str, Tensor]:
+def _read_tensors(path: Path, manifest: Manifest, file: str, keep: Keep | None) -> dict[str, Tensor]:
     with Source(path / file) as source:
-        found = tensors.read(source)
+        found = tensors.read(source, keep)
         source.check(manifest.files[file])
     return found

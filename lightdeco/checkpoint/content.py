@@ -90,6 +90,8 @@ def snapshot(state: State) -> Snapshot:
     copies: dict[tuple[Any, ...], Tensor] = {}
 
     def copy(tensor: Tensor) -> Tensor:
+        if tensors.owner(tensor) is not None:  # made for this state, or on another process
+            return tensor
         value = tensors.plain(tensor)
         # Tied weights are copied once. The tensors are alive as long as the state is, so no address is used again.
         place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())

@@ -7,7 +7,7 @@ from pathlib import Path
 from lightdeco.errors import CheckpointError
 
 from . import load, tensors
-from .content import CHECKPOINTS, FILES, JSON
+from .content import CHECKPOINTS, FILES
 from .files import Source
 from .manifest import MANIFEST, read_manifest, verify
 
@@ -41,7 +41,8 @@ def _serial(path: Path) -> tuple[int, str]:
 
 def _one(path: Path) -> tuple[str, bool]:
     try:
-        facts, state = verify(path).facts, load(path)
+        manifest = verify(path)
+        facts, state = manifest.facts, load(path)
     except CheckpointError as error:
         return f"{path.name}: NOT VALID\n  {error}", False
     lines = [f"{path.name}: valid"]
@@ -59,14 +60,18 @@ def _one(path: Path) -> tuple[str, bool]:
     for name in ("optimizers", "schedulers", "callbacks", "extra"):
         if keys := [str(key) or "1" for key in getattr(state, name) if not str(key).startswith("(")]:
             lines.append(f"  {name}: " + _shortened(keys))
-    for file in FILES:
+    for file in sorted(manifest.files, key=_order):
         lines += _file(path / file)
     return "\n".join(lines), True
 
 
+def _order(file: str) -> tuple[int, str]:
+    return FILES.index(file) if file in FILES else 0 if file.startswith("model") else 1, file
+
+
 def _file(path: Path) -> list[str]:
     title = f"  {path.name}: {size(path.stat().st_size)}"
-    if path.name == JSON:
+    if path.suffix == ".json":
         return [title]
     with Source(path) as source:
         entries = tensors.read_header(source)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightdeco.dtensor import cut, is_sharded, like
 from lightdeco.errors import CheckpointError, nearest
 
 from . import tensors
@@ -88,8 +89,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], n
         raise CheckpointError(
             f"{name!r} has {len(present)} groups of {present} parameters; its state in the checkpoint is for {saved}"
         )
+    keys = [key for group in state["param_groups"] for key in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for key, parameter in zip(keys, parameters, strict=True):
+        if is_sharded(parameter) and key in states:
+            states[key] = {part: _cut(parameter, value) for part, value in states[key].items()}
     before = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(dict(state))
+    optimizer.load_state_dict({**state, "state": {**state["state"], **states}})
     for group, former in zip(optimizer.param_groups, before, strict=True):
         if absent := former.keys() & optimizer.defaults.keys() - group.keys():
             raise CheckpointError(
@@ -98,8 +104,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], n
         for key, value in former.items():  # a learning rate on a device, say
             if isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
                 group[key] = group[key].to(value.device)
-    keys = [key for group in state["param_groups"] for key in group["params"]]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, parameter in zip(keys, parameters, strict=True):
         for part, value in states.get(key, {}).items():
             live = optimizer.state[parameter][part]
@@ -108,25 +112,44 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], n
 
 
 def _read(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    from . import load  # its module imports this one
+    from . import dealt, load  # their modules import this one
+
+    def keep(name: str, tensor: Tensor) -> Tensor:
+        live = wanted.get(name)
+        fits = isinstance(live, Tensor) and is_sharded(live) and live.shape == tensor.shape
+        return cut(live, tensor) if fits else tensor
 
     if path.is_dir():
         _refuse_folder(path)
         manifest = check_files(path)
-        if MODEL not in manifest.files:
+        files = dealt.holding(manifest.files, MODEL)
+        if not files:
             raise CheckpointError(f"{path}: holds no {MODEL}")
-        if any(not isinstance(value, Tensor) for value in wanted.values()):
-            return load(path).model  # extra state that is no tensor lies in the other files
-        with Source(path / MODEL) as source:
-            found: dict[str, Any] = {**tensors.read(source)}
-            source.check(manifest.files[MODEL])
+        # Extra state that is no tensor lies in the other files.
+        extra = any(not isinstance(value, Tensor) for value in wanted.values())
+        found: dict[str, Any] = (
+            {n: v for n, v in load(path).model.items() if not isinstance(v, Tensor)} if extra else {}
+        )
+        for file in files:
+            with Source(path / file) as source:
+                found |= tensors.read(source, keep)
+                source.check(manifest.files[file])
         return found
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist; allowed: a checkpoint's directory or a .safetensors file")
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: allowed: a checkpoint's directory or a .safetensors file; nothing is unpickled")
     with Source(path.resolve()) as source:  # a single file that the user names may be a link (model hubs use them)
-        return {**tensors.read(source)}
+        return {**tensors.read(source, keep)}
+
+
+def _cut(parameter: Tensor, value: Any) -> Any:
+    """A value of an optimizer's state as it belongs to a parameter that is cut."""
+    if not isinstance(value, Tensor) or not value.dim():
+        return value
+    if tensors.is_part(value):
+        return like(parameter, value)
+    return cut(parameter, value) if value.shape == parameter.shape else value
 
 
 def _refuse_folder(path: Path) -> None:

@@ -7,8 +7,8 @@ maps files into memory when it reads, so that what was verified need not be what
 import json
 import math
 import struct
-from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,12 @@ _BY_FORMAT: Final = {name: dtype for dtype, name in FORMAT_NAMES.items()}
 _NOTE: Final = "lightdeco"
 #: Subclasses with another one (distributed, quantized, fake tensors) have no memory that could be written.
 _DISPATCH: Final = "__torch_dispatch__"
+_OWNER: Final = "_lightdeco_owner"
+_IS_PART: Final = "_lightdeco_part"
+
+
+#: Gets the name and the tensor that was read, and returns what is kept of it.
+Keep: TypeAlias = Callable[[str, Tensor], Tensor]
 
 
 class Entry(NamedTuple):
@@ -58,7 +64,7 @@ def refusal(tensor: Tensor) -> str | None:
     """Why a tensor cannot be kept, or None."""
     if nn.parameter.is_lazy(tensor):
         return "is not initialised yet; run the model once on a batch, or create it in @configure_model"
-    if tensor.is_meta:
+    if tensor.is_meta and owner(tensor) is None:
         return "is on the meta device and has no values"
     if tensor.layout != torch.strided:
         return f"is sparse ({tensor.layout}); convert it with .to_dense()"
@@ -67,6 +73,29 @@ def refusal(tensor: Tensor) -> str | None:
     if getattr(type(tensor), _DISPATCH) is not getattr(Tensor, _DISPATCH):
         return f"is a {type(tensor).__name__}, which is no plain tensor; gather or convert it first"
     return None
+
+
+def owned(tensor: Tensor, rank: int) -> Tensor:
+    """The tensor, which process `rank` writes; on the meta device it stands in for the one that the other has."""
+    vars(tensor)[_OWNER] = rank
+    return tensor
+
+
+def owner(tensor: Tensor) -> int | None:
+    """The process that writes a tensor that was dealt out; None for all others."""
+    found: int | None = vars(tensor).get(_OWNER)
+    return found
+
+
+def as_part(tensor: Tensor) -> Tensor:
+    """The tensor, which is the part of this process of one that is cut."""
+    vars(tensor)[_IS_PART] = True
+    return tensor
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Whether `as_part` has said so."""
+    return _IS_PART in vars(tensor)
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -134,8 +163,10 @@ def read_header(source: Source) -> dict[str, Entry]:
     return entries
 
 
-def read(source: Source) -> dict[str, Tensor]:
+def read(source: Source, keep: Keep | None = None) -> dict[str, Tensor]:
     """Every tensor of a file, on the CPU, in the order in which it was given to `write`.
+
+    `keep`: gets each name and tensor as it is read, and returns what is kept of it.
 
     Raises:
         CheckpointError: see `read_header`; the file ends early, or a shape is impossible.
@@ -149,7 +180,7 @@ def read(source: Source) -> dict[str, Tensor]:
             raise CheckpointError(f"{source.path}: {name!r} cannot be made: {error}") from None
         if tensor.numel():
             source.fill(_bytes(tensor))
-        tensors[name] = tensor
+        tensors[name] = tensor if keep is None else keep(name, tensor)
     return {name: tensors[name] for name in entries}
 
 

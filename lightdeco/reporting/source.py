@@ -11,6 +11,7 @@ from lightdeco import ending
 from lightdeco.callbacks.model_checkpoint import POLICY
 from lightdeco.checkpoint import State
 from lightdeco.checkpoint.content import CHECKPOINTS, JSON, MODEL, OTHERS
+from lightdeco.checkpoint.dealt import holding
 from lightdeco.checkpoint.encoding import Decoder
 from lightdeco.checkpoint.files import Source, parse
 from lightdeco.checkpoint.manifest import Manifest, check_files
@@ -176,8 +177,11 @@ def _read_newest(found: Facts, path: Path) -> None:
     for one in found.checkpoints:
         score = scores.get(one.name) if isinstance(scores, dict) else None
         one.score = float(score) if isinstance(score, int | float) else None
-    with Source(path / MODEL) as source:
-        found.model, found.totals = _tensors(read_header(source))
+    entries: dict[str, Entry] = {}
+    for file in holding(manifest.files, MODEL):
+        with Source(path / file) as source:
+            entries |= read_header(source)
+    found.model, found.totals = _tensors(entries)
 
 
 def _parts(path: Path, manifest: Manifest) -> State:

@@ -1,0 +1,233 @@
+"""`strategy="fsdp"`: parameters, gradients and the optimizer's state lie in parts on the processes of a run.
+
+torch's `fully_shard` (FSDP2) does the cutting, the same on GPUs and on CPUs. A marked step runs as a forward of the
+user's model: its parameters are gathered layer by layer as it comes to them, and freed behind it.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import strategies
+from .ballot import FACTOR, LOSS
+from .dtensor import is_sharded, local, reshard
+from .errors import LaunchError
+from .materialise import Materialiser
+from .optim import gradients_of
+from .peers import Peers
+from .session import Session
+from .steps import Steps
+
+#: The name under which a model has the marked steps, while a run lasts.
+_CALL: Final = "_lightdeco_call"
+
+
+class _Options(NamedTuple):
+    """What the plugin of accelerate says, or the default."""
+
+    options: dict[str, Any]
+    """Of `fully_shard`."""
+    policy: Callable[[nn.Module], bool] | None
+    """Whether a module is a unit of its own; None: `_units` decides."""
+
+
+class ShardedSteps(Steps):
+    """`Steps` whose calls are forwards of the sharded model."""
+
+    def __init__(self, model: nn.Module, calls: Any) -> None:
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        super().__init__(model, calls)
+        object.__setattr__(model, _CALL, super().forward)
+        register_fsdp_forward_method(model, _CALL)
+
+    def forward(self, role: str, *offered: object) -> Any:
+        """As `Steps.forward`; without gradients nothing stays gathered, with them backward frees it."""
+        outputs = getattr(self.model, _CALL)(role, *offered)
+        if not torch.is_grad_enabled():
+            reshard(self.model)
+        return outputs
+
+    def end(self) -> None:
+        """Leave nothing of the run in the model."""
+        reshard(self.model)
+        delattr(self.model, _CALL)
+
+
+class Sharded(Peers):
+    """One process of several that hold parts of the model.
+
+    torch averages gradients part by part, in each backward. What the processes agree on goes in an all-reduce of its
+    own, once for an update.
+    """
+
+    def __init__(self, s: Session) -> None:
+        super().__init__(s.run, s.signals, s.group)
+        double = all(p.dtype == torch.float64 for p in s.plan.model.parameters())
+        self._dtype = torch.float64 if double else torch.float32
+        #: The sums over the window: of the factors, and of the losses times their factors.
+        self._factors: Any = 0.0
+        self._losses: Any = 0.0
+
+    def calling(self, wrapped: Callable[..., Any]) -> Callable[..., Any]:
+        """The training steps; each first gives all processes the buffers of rank 0, as DDP does."""
+        model = self.run.model
+
+        def step(key: str, *inputs: object) -> Any:
+            self.align(model)
+            return wrapped(key, *inputs)
+
+        return step
+
+    def refresh(self) -> None:
+        """Nothing: torch looks itself at what requires grad."""
+
+    def cast(self, loss: Tensor, factor: Any, last: bool) -> Tensor:
+        """The loss times its factor."""
+        self._factors = self._factors + factor
+        if self.needs_loss:
+            self._losses = self._losses + loss.detach() * factor
+        return loss if isinstance(factor, float) and factor == 1.0 else loss * factor
+
+    def count(self, optimizer: Optimizer) -> None:
+        """After backward: agree, and divide the optimizer's gradients by the mean of all factors.
+
+        Raises:
+            StepError: every weight of the window was 0.
+        """
+        votes = torch.tensor(self.wishes(), dtype=self._dtype, device=self.run.device)
+        votes[FACTOR], votes[LOSS] = self._factors, self._losses
+        self._factors = self._losses = 0.0
+        torch.distributed.all_reduce(votes)
+        self.tally(votes / self.size, [local(grad) for grad in gradients_of(optimizer)])
+
+    def average(self, optimizer: Optimizer, factor: Any) -> None:
+        """As `count`: each backward has averaged its gradients already."""
+        self.count(optimizer)
+
+    def rounds(self, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+        """Each batch with True; then, as long as another process has one, the last batch again with False.
+
+        A forward gathers parameters from all processes, so all make the same number of them. A process without any
+        batch gets the first one of rank 0.
+        """
+        there, batch = True, None
+        first = next(batches, _NONE)
+        having = self.group.gather(first is not _NONE)
+        if not all(having):
+            shared = self.group.same(first if any(having) and first is not _NONE else None)
+            first, there = (shared, False) if first is _NONE else (first, True)
+        if not any(having):
+            return
+        batch = first
+        while True:
+            yield batch, there
+            following = next(batches, _NONE) if there else _NONE
+            there = following is not _NONE
+            if not self._any(there):
+                return
+            batch = following if there else batch
+
+    def _any(self, there: bool) -> bool:
+        flag = torch.tensor(float(there), device=self.run.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag)
+
+
+_NONE: Final = object()
+
+
+def wrap(s: Session, calls: Any) -> None:
+    """Cut the model, and make of the marked steps what training and evaluation call: forwards of the cut model."""
+    assert s.run.accelerator is not None
+    s.peers = peers = Sharded(s)
+    _shard(s, peers)
+    s.steps = steps = ShardedSteps(s.plan.model, calls)
+    s.stack.callback(steps.end)
+    # For autocast alone: torch has moved and wrapped the model.
+    s.wrapped = peers.calling(s.run.accelerator.prepare_model(steps, device_placement=False, evaluation_mode=True))
+
+
+def _shard(s: Session, peers: Sharded) -> None:
+    """Cut the model into parts, unless it is already."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    run, model = s.run, s.plan.model
+    if not isinstance(model, FSDPModule):
+        _refuse_scalars(model)
+        found = _options(s.settings.strategy, model)
+        mesh = init_device_mesh(run.device.type, (s.group.size,))
+        name, qualname = type(model).__name__, type(model).__qualname__
+        materialiser = Materialiser(model, run.seed)
+        for unit in [*_units(model, found.policy), model]:
+            materialiser.fill(unit)
+            _move(unit, run.device)
+            peers.align(unit, weights=True)
+            fully_shard(unit, mesh=mesh, **found.options)
+        type(model).__name__, type(model).__qualname__ = name, qualname  # and not FSDP… in messages and directories
+
+
+def _move(unit: nn.Module, device: torch.device) -> None:
+    """Move what is not cut yet; parts that were offloaded to the CPU stay there."""
+    for tensor in (*unit.parameters(), *unit.buffers()):
+        if not is_sharded(tensor):
+            tensor.data = tensor.data.to(device)
+
+
+def _options(strategy: Any, model: nn.Module) -> _Options:
+    if isinstance(strategy, str):
+        return _Options({}, None)
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    options = {
+        "reshard_after_forward": strategy.reshard_after_forward,
+        "offload_policy": strategy.cpu_offload,
+        "mp_policy": strategy.mixed_precision_policy or MixedPrecisionPolicy(),
+    }
+    return _Options(options, fsdp2_prepare_auto_wrap_policy(strategy, model))
+
+
+def _units(model: nn.Module, policy: Callable[[nn.Module], bool] | None) -> Iterator[nn.Module]:
+    """The modules below the model that are gathered one at a time, inner ones first.
+
+    Without a policy: the outermost elements of every `nn.ModuleList`, and those of every `nn.Sequential` that have
+    modules in them. A model without such is gathered as a whole.
+    """
+    for child in model.children():
+        if policy is not None:
+            yield from _units(child, policy)
+            if policy(child) and _can_be_unit(child):
+                yield child
+        elif isinstance(child, nn.ModuleList):
+            for element in child:
+                yield from (element,) if _can_be_unit(element) else _units(element, None)
+        elif isinstance(child, nn.Sequential):
+            for element in child:
+                yield from (element,) if _can_be_unit(element) and any(element.children()) else _units(element, None)
+        else:
+            yield from _units(child, None)
+
+
+def _can_be_unit(module: nn.Module) -> bool:
+    """Whether it has parameters, and is called itself and not only its elements."""
+    called = not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    return called and any(True for _ in module.parameters())
+
+
+def _refuse_scalars(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 0:
+            raise LaunchError(
+                f"strategy='fsdp' cannot cut the parameter {name!r} of {type(model).__name__}, which has no dimension; "
+                "make it torch.ones(1), or a buffer"
+            )
+
+
+def wanted(s: Session) -> bool:
+    """Whether this run holds its model in parts."""
+    return strategies.name_of(s.settings) == "fsdp"

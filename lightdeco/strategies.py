@@ -1,0 +1,119 @@
+"""What `strategy=` means, and what is refused before anything starts."""
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+from .errors import LaunchError, SettingsError
+from .plan import Plan
+from .settings import Settings
+
+#: The classes of accelerate that stand for a strategy.
+_PLUGINS: Final = {
+    "DistributedDataParallelKwargs": "ddp",
+    "FullyShardedDataParallelPlugin": "fsdp",
+    "DeepSpeedPlugin": "deepspeed",
+}
+
+
+def name_of(settings: Settings) -> str:
+    """ "ddp" (which "auto" is), "fsdp" or "deepspeed".
+
+    Raises:
+        SettingsError: it is no plugin of accelerate.
+    """
+    strategy = settings.strategy
+    if isinstance(strategy, str):
+        return "ddp" if strategy == "auto" else strategy
+    name = _PLUGINS.get(type(strategy).__name__)
+    if name is None:
+        raise SettingsError(
+            f"strategy is a {type(strategy).__name__}; allowed: 'auto', 'ddp', 'fsdp', 'deepspeed', or an object of "
+            f"accelerate: {', '.join(_PLUGINS)}"
+        )
+    return name
+
+
+def check(settings: Settings, kind: str, processes: int, plan: Plan | None) -> None:
+    """Refuse a strategy that this machine, or so many processes, or these settings and marks cannot run.
+
+    Raises:
+        LaunchError: where accelerate would run another strategy in silence, or gradients would be compressed.
+        SettingsError: it is no plugin of accelerate, or another setting does not go with it.
+    """
+    name = name_of(settings)
+    if name == "ddp":
+        if not isinstance(settings.strategy, str):
+            refuse_compression([settings.strategy])
+    elif name == "deepspeed" and kind != "cuda":
+        raise LaunchError(f"strategy='deepspeed' needs GPUs, and this run is on the {kind}; there 'fsdp' can be run")
+    elif name == "deepspeed":
+        raise LaunchError("strategy='deepspeed' is not available yet; available: 'auto', 'ddp', 'fsdp'")
+    elif kind not in ("cpu", "cuda"):
+        raise LaunchError(f"strategy='fsdp' runs on GPUs and CPUs, and this run is on {kind!r}")
+    elif processes < 2:
+        raise LaunchError(
+            "strategy='fsdp' cuts a model into parts for several processes, and this run has one: give devices=2 or "
+            "more, or leave strategy out"
+        )
+    else:
+        _refuse_beside_fsdp(settings, plan)
+
+
+def _refuse_beside_fsdp(settings: Settings, plan: Plan | None) -> None:
+    steps = list(plan.all("training_step")) if plan is not None else []
+    if len(steps) > 1 or any(hook.mark.manual for hook in steps):
+        which = "several training steps" if len(steps) > 1 else "a manual training step"
+        raise LaunchError(f"strategy='fsdp': {steps[-1].where} is one of {which}; it needs a single automatic one")
+    for name, allowed, why in (
+        ("sync_batchnorm", (False,), "convert the model itself: nn.SyncBatchNorm.convert_sync_batchnorm(model)"),
+        ("oom", ("raise",), "a step that fails half-way cannot be repeated where others wait for it"),
+        ("precision", ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed"), "use 'bf16-mixed'"),
+    ):
+        value = getattr(settings, name)
+        if value not in allowed:
+            raise SettingsError(f"strategy='fsdp' does not go with {name}={value!r}: {why}")
+    strategy: Any = settings.strategy
+    if isinstance(strategy, str):
+        return
+    for name, what in (
+        ("ignored_modules", "cut all modules, or freeze these"),
+        ("activation_checkpointing", "call torch.utils.checkpoint in the model's forward"),
+        ("param_init_fn", "build layers on the meta device; their reset_parameters is called"),
+    ):
+        if getattr(strategy, name, None):
+            raise LaunchError(f"FullyShardedDataParallelPlugin({name}=…) is not supported; {what}")
+    if strategy.fsdp_version != 2:
+        raise LaunchError(
+            f"FullyShardedDataParallelPlugin(fsdp_version={strategy.fsdp_version}): torch replaced the first FSDP by "
+            "the second; give fsdp_version=2"
+        )
+
+
+def arguments(settings: Settings, several: bool) -> dict[str, Any]:
+    """The arguments of `Accelerator` that the strategy means; of "fsdp" none: see sharding.py.
+
+    `several`: the run has several training steps, each of which leaves out some parameters.
+    """
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    if name_of(settings) != "ddp":
+        return {}
+    if not isinstance(settings.strategy, str):
+        return {"kwargs_handlers": [settings.strategy]}
+    return {"kwargs_handlers": [DistributedDataParallelKwargs(find_unused_parameters=True)]} if several else {}
+
+
+def refuse_compression(handlers: Iterable[object]) -> None:
+    """What the processes agree on is a gradient of its own (ballot.py), which must arrive as it was sent."""
+    from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
+
+    for handler in handlers:
+        if not isinstance(handler, DistributedDataParallelKwargs):
+            continue
+        for name in ("comm_hook", "comm_wrapper"):
+            hook = getattr(handler, name)
+            if hook != DDPCommunicationHookType.NO:
+                raise LaunchError(
+                    f"{name}={hook}: what the processes tell each other (the weights of batches, the time, who asks to "
+                    "stop) travels with the gradients and would be rounded with them, or overflow; leave it out"
+                )

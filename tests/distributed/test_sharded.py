@@ -1,0 +1,307 @@
+"""`strategy="fsdp"` on two processes of the CPU, by torch's `fully_shard`, as on GPUs."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.utils import FullyShardedDataParallelPlugin
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+import lightdeco as ld
+from lightdeco.dtensor import is_sharded, local, whole
+from lightdeco.processes import start
+from tests.distributed.ranks import together
+from tests.distributed.test_fit import Closing, Manual, Net, Scheduled, Thawing, Two, Weighted, loader, samples
+from tests.models import QUIET
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="starts processes")
+
+
+class Block(nn.Module):
+    """A layer that is gathered for itself."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(self.linear(self.norm(x)))
+
+
+class Deep(Net):
+    """Three blocks before the classifier, whose step calls them one by one; a buffer is counted up in each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(8) for _ in range(3)])
+        self.scale = nn.Parameter(torch.ones(1))
+        self.register_buffer("steps", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.body(x) * self.scale
+        return logits
+
+    def loss(self, batch: Any) -> Tensor:
+        if self.training:
+            self.steps += 1
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+class Both(Deep):
+    """Calls itself, and a layer of its own beside it."""
+
+    def loss(self, batch: Any) -> Tensor:
+        return F.cross_entropy(self(batch[0]) + 0.1 * self.body(batch[0]), batch[1])
+
+
+class Adam(Deep):
+    """With a state for each parameter."""
+
+    @ld.configure_optimizers
+    def sgd(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=0.02)
+        return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+
+
+class Poor(Deep):
+    """The loss of the third batch of rank 1 is not a number."""
+
+    @ld.training_step
+    def step(self, batch: Any, batch_idx: int, run: ld.Run) -> Any:
+        bad = run.rank == run.world_size - 1 and batch_idx == 2
+        return self.loss(batch) * (float("nan") if bad else 1.0)
+
+
+CASES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "plain": (Net, {}),
+    "blocks": (Deep, {}),
+    "both": (Both, {}),
+    "adam": (Adam, {}),
+    "weights": (Weighted, {}),
+    "accumulation": (Deep, {"accumulate_grad_batches": 4}),
+    "weights and accumulation": (Weighted, {"accumulate_grad_batches": {0: 2, 1: 3}}),
+    "scheduler and clipping": (Scheduled, {"gradient_clip_val": 0.3}),
+    "values": (Adam, {"gradient_clip_val": 0.001, "gradient_clip_algorithm": "value"}),
+    "thawing": (Thawing, {}),
+    "skipped": (Poor, {"on_nan": "skip"}),
+    "bf16": (Deep, {"precision": "bf16-mixed"}),
+    "bf16-true": (Deep, {"precision": "bf16-true"}),
+    "float64": (Deep, {"precision": "64-true"}),
+    "gradients": (Deep, {"log_gradients": True, "log_every_n_steps": 1}),
+}
+
+
+def fit(kind: type[nn.Module], **settings: Any) -> tuple[Any, ld.Run]:
+    """A model after two epochs, and the run."""
+    model = kind()
+    settings = {"max_epochs": 2, "seed": 5, "checkpoint": False} | settings
+    return model, ld.fit(model, (loader(8, shuffle=True), loader(5, 33)), **QUIET, **settings)
+
+
+def weights(model: nn.Module) -> dict[str, Any]:
+    """Each tensor of the model, whole, as lists."""
+    return {name: whole(value).double().tolist() for name, value in model.state_dict().items()}
+
+
+def both() -> dict[str, Any]:
+    """Of each case, by both strategies: weights, metrics, records of the training, updates."""
+    torch.distributed.init_process_group("gloo")
+    found: dict[str, Any] = {}
+    for name, (kind, settings) in CASES.items():
+        found[name] = []
+        for strategy in ("ddp", "fsdp"):
+            model, run = fit(kind, strategy=strategy, **settings)
+            records = [{k: v for k, v in record.items() if k != "time"} for record in run.history]
+            found[name].append((weights(model), run.metrics, records, run.global_step, run.progress.skipped_updates))
+    return found
+
+
+@pytest.fixture(scope="module")
+def compared() -> Any:
+    """`both`, on two processes."""
+    return together(both, patience=120)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_cut_model_is_trained_as_a_whole_one(compared: Any, name: str) -> None:
+    """The same weights, buffers and metrics on both processes as with DDP; equal but for the order of sums."""
+    zero, one = (found[name] for found in compared)
+    assert zero[1][0] == one[1][0]
+    (expected, metrics, history, *counts), (found, others, records, *numbers) = zero
+    half = name.startswith("bf16")
+    assert counts == numbers
+    assert [list(record) for record in history] == [list(record) for record in records]
+    for key, value in metrics.items():
+        assert others[key] == pytest.approx(value, rel=3e-2 if half else 1e-5), key
+    for before, after in zip(history, records, strict=True):
+        for key in before.keys() - {"stage"}:
+            assert after[key] == pytest.approx(before[key], rel=3e-2 if half else 1e-4), key
+    for key, value in expected.items():
+        tolerance = {"rtol": 5e-2, "atol": 2e-2} if half else {"rtol": 1e-4, "atol": 1e-6}
+        torch.testing.assert_close(torch.tensor(found[key]), torch.tensor(value), **tolerance)
+
+
+def test_the_case_with_bad_losses_left_some_out(compared: Any) -> None:
+    """One update of each epoch, on both processes and with both strategies."""
+    assert [result[-1] for found in compared for result in found["skipped"]] == [2, 2, 2, 2]
+
+
+# ---- what each process holds -----------------------------------------------------------------------------------------
+
+
+def held() -> dict[str, Any]:
+    """How many numbers of each kind this process holds after training, of how many; what the model is called."""
+    model = Adam()
+    optimizers: list[Any] = []
+
+    class Watch:
+        @ld.on_train_batch_end
+        def end(self, run: ld.Run) -> None:
+            optimizers[:] = [run.optims[""].optimizer]
+
+    ld.fit(model, loader(8), max_epochs=1, strategy="fsdp", callbacks=Watch(), checkpoint=False, **QUIET)
+    states = [value for state in optimizers[0].state.values() for value in state.values() if value.dim()]
+    parameters = list(model.parameters())
+    return {
+        "cut": all(is_sharded(p) for p in (*parameters, *states)),
+        "parameters": [sum(local(p).numel() for p in parameters), sum(p.numel() for p in parameters)],
+        "states": [sum(local(p).numel() for p in states), sum(p.numel() for p in states)],
+        "units": [type(block).__mro__[1].__name__ for block in (*model.blocks, model, model.body)],
+        "name": type(model).__name__,
+        "own": [name for name in vars(model) if "lightdeco" in name],
+    }
+
+
+def test_each_process_holds_its_part() -> None:
+    """Parameters and the optimizer's state; blocks are units; nothing of the run is left in the model."""
+    zero, one = together(held)
+    for found in (zero, one):
+        assert found["cut"]
+        assert found["units"] == ["FSDPModule"] * 4 + ["Module"]
+        assert (found["name"], found["own"]) == ("Adam", [])
+    for what in ("parameters", "states"):
+        whole_of_it = zero[what][1]
+        assert zero[what][0] + one[what][0] == whole_of_it
+        assert 0.3 < zero[what][0] / whole_of_it < 0.7
+    assert zero["states"][1] == 2 * zero["parameters"][1]
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """The hash of each file of a checkpoint that holds nothing of the time."""
+    hashed = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.safetensors")}
+    assert hashed
+    return hashed
+
+
+def run_to(strategy: str, root: Path, steps: int, **settings: Any) -> Any:
+    """Train `Adam` to so many updates, saving every second one; the whole weights and the path of the last one."""
+
+    def work() -> Any:
+        model = Adam()
+        run = ld.fit(
+            model,
+            (loader(8, shuffle=True), loader(5, 33)),
+            max_epochs=3,
+            max_steps=steps,
+            seed=7,
+            strategy=strategy,
+            name="run",
+            root_dir=root,
+            resume="auto",
+            checkpoint=ld.ModelCheckpoint(monitor="val/loss", save_top_k=2, every_n_steps=2),
+            **QUIET,
+            **settings,
+        )
+        values = weights(model) if strategy == "fsdp" or run.is_main else None
+        return values, str(run.last_checkpoint), run.metrics, run.history
+
+    return work
+
+
+def without_time(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of a run, less what differs each time."""
+    return [{key: value for key, value in record.items() if key != "time"} for record in history]
+
+
+@pytest.mark.parametrize("stop", [2, 7, 13])  # 6 updates an epoch: within the first, the second and the third
+def test_a_run_goes_on_bit_for_bit(tmp_path: Path, stop: int) -> None:
+    """Stopped at a step and resumed, it ends with the very files of one that was not."""
+    (expected, path, metrics, history), _ = together(run_to("fsdp", tmp_path / "one", 15))
+    together(run_to("fsdp", tmp_path / "two", stop))
+    (found, again, others, records), (_, *_) = together(run_to("fsdp", tmp_path / "two", 15))
+    assert found == expected
+    assert digest(Path(path)) == digest(Path(again))
+    assert others == metrics
+    assert without_time(records) == without_time(history)
+
+
+def test_a_checkpoint_is_dealt_out_and_needs_no_processes_to_be_read(tmp_path: Path) -> None:
+    """A file for each process, whole tensors, an index as Hugging Face has it; `ld.load_weights` and tools read it."""
+    (expected, path, *_), _ = together(run_to("fsdp", tmp_path, 5))
+    folder = Path(path)
+    names = {p.name for p in folder.iterdir()}
+    parts = {f"{kind}-0000{i}-of-00002.safetensors" for kind in ("model", "optimizer") for i in (1, 2)}
+    others = {"model.safetensors.index.json", "optimizer.safetensors", "state.safetensors", "state.json"}
+    assert names == parts | others | {"manifest.json"}
+    tensors = [load_file(folder / f"model-0000{i}-of-00002.safetensors") for i in (1, 2)]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert {name: f"model-0000{i + 1}-of-00002.safetensors" for i in (0, 1) for name in tensors[i]} == index["weight_map"]
+    sizes = [sum(t.numel() for t in each.values()) for each in tensors]
+    assert 0.5 < sizes[0] / sizes[1] < 2
+    model = Adam()
+    ld.load_weights(model, folder)
+    assert weights(model) == expected
+    assert ld.checkpoint.verify(folder)
+    text, valid = ld.checkpoint.describe.describe(folder)
+    assert valid
+    assert "model-00002-of-00002.safetensors" in text
+    assert ld.validate(Adam(), loader(5, 33), weights=folder, **QUIET)["val/loss"] > 0
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ld.CheckpointError, match=r"model-00002-of-00002\.safetensors: is missing"):
+        ld.load_weights(model, folder)
+
+
+@pytest.mark.filterwarnings("ignore:the run had:lightdeco.LightdecoWarning")
+@pytest.mark.parametrize(("before", "after"), [(("fsdp", 2), ("ddp", 2)), (("ddp", 2), ("fsdp", 2))])
+def test_a_run_goes_on_with_another_strategy(
+    tmp_path: Path, before: tuple[str, int], after: tuple[str, int]
+) -> None:
+    """Cut or not: the same weights as of a run that never changed, to float tolerance."""
+    (expected, *_), *_ = together(run_to("ddp", tmp_path / "one", 12), 2)
+    together(run_to(before[0], tmp_path / "two", 5), before[1])
+    (found, *_), *_ = together(run_to(after[0], tmp_path / "two", 12), after[1])
+    for key, value in expected.items():
+        torch.testing.assert_close(torch.tensor(found[key]), torch.tensor(value), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, size: int) -> None:
+    """Three processes, or one with the whole model: at the checkpoint each begins with the same weights and state."""
+    (before, path, *_), _ = together(run_to("fsdp", tmp_path, 6))
+    strategy = "fsdp" if size > 1 else "ddp"
+    ended = together(lambda: warned(run_to(strategy, tmp_path, 6)), size)
+    assert [each[0] for each in ended if each[0] is not None] == [before] * (size if size > 1 else 1)
+    together(lambda: warned(run_to(strategy, tmp_path, 9)), size)
+
+
+def warned(work: Any) -> Any:
+    """What `work` returns; it warns that the number of processes is another."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ld.LightdecoWarning)
+        return work()
