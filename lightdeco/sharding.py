@@ -163,7 +163,7 @@ def _shard(s: Session, peers: Sharded) -> None:
         mesh = init_device_mesh(run.device.type, (s.group.size,))
         name, qualname = type(model).__name__, type(model).__qualname__
         materialiser = Materialiser(model, run.seed)
-        for unit in [*_units(model, found.policy), model]:
+        for unit in dict.fromkeys([*_units(model, found.policy), model]):  # a module may be in several places
             materialiser.fill(unit)
             _move(unit, run.device)
             peers.align(unit, weights=True)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from lightdeco import joined
 from lightdeco.processes import _Store
 
@@ -66,8 +68,8 @@ def start(
 def together(work: Callable[[], Any], size: int = 2, patience: float = SECONDS) -> list[Any]:
     """What each rank returned; raises where one did not come to its end."""
     ended = start(work, size, patience=patience)
-    for rank, end in enumerate(ended):
-        assert end.status == 0, f"rank {rank} ended with {end.status}:\n{end.text[-3000:]}"
+    texts = [f"rank {rank} ended with {end.status}:\n{end.text[-3000:]}" for rank, end in enumerate(ended)]
+    assert not any(end.status for end in ended), "\n----\n".join(texts)
     return [end.value for end in ended]
 
 
@@ -93,6 +95,8 @@ def _child(work: Callable[[], Any], folder: Path, place: joined.Place) -> None:
     if place.world_size > 1:
         os.environ.update(place.variables() | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # The pool of threads that was forked is made anew by the first who asks; autograd's own threads would not wait.
+    torch.set_num_threads(torch.get_num_threads())
     status = 1
     try:
         value = work()

@@ -9,18 +9,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightdeco as ld
+from lightdeco.checkpoint import verify
+from lightdeco.checkpoint.describe import describe
 from lightdeco.dtensor import is_sharded, local, whole
-from lightdeco.processes import start
 from tests.distributed.ranks import together
-from tests.distributed.test_fit import Closing, Manual, Net, Scheduled, Thawing, Two, Weighted, loader, samples
+from tests.distributed.test_fit import Net, Scheduled, Thawing, Weighted, loader
 from tests.models import QUIET
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="starts processes")
@@ -259,14 +258,16 @@ def test_a_checkpoint_is_dealt_out_and_needs_no_processes_to_be_read(tmp_path: P
     assert names == parts | others | {"manifest.json"}
     tensors = [load_file(folder / f"model-0000{i}-of-00002.safetensors") for i in (1, 2)]
     index = json.loads((folder / "model.safetensors.index.json").read_text())
-    assert {name: f"model-0000{i + 1}-of-00002.safetensors" for i in (0, 1) for name in tensors[i]} == index["weight_map"]
+    assert {name: f"model-0000{i + 1}-of-00002.safetensors" for i in (0, 1) for name in tensors[i]} == index[
+        "weight_map"
+    ]
     sizes = [sum(t.numel() for t in each.values()) for each in tensors]
     assert 0.5 < sizes[0] / sizes[1] < 2
     model = Adam()
     ld.load_weights(model, folder)
     assert weights(model) == expected
-    assert ld.checkpoint.verify(folder)
-    text, valid = ld.checkpoint.describe.describe(folder)
+    assert verify(folder)
+    text, valid = describe(folder)
     assert valid
     assert "model-00002-of-00002.safetensors" in text
     assert ld.validate(Adam(), loader(5, 33), weights=folder, **QUIET)["val/loss"] > 0
@@ -277,9 +278,7 @@ def test_a_checkpoint_is_dealt_out_and_needs_no_processes_to_be_read(tmp_path: P
 
 @pytest.mark.filterwarnings("ignore:the run had:lightdeco.LightdecoWarning")
 @pytest.mark.parametrize(("before", "after"), [(("fsdp", 2), ("ddp", 2)), (("ddp", 2), ("fsdp", 2))])
-def test_a_run_goes_on_with_another_strategy(
-    tmp_path: Path, before: tuple[str, int], after: tuple[str, int]
-) -> None:
+def test_a_run_goes_on_with_another_strategy(tmp_path: Path, before: tuple[str, int], after: tuple[str, int]) -> None:
     """Cut or not: the same weights as of a run that never changed, to float tolerance."""
     (expected, *_), *_ = together(run_to("ddp", tmp_path / "one", 12), 2)
     together(run_to(before[0], tmp_path / "two", 5), before[1])
@@ -291,7 +290,7 @@ def test_a_run_goes_on_with_another_strategy(
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, size: int) -> None:
     """Three processes, or one with the whole model: at the checkpoint each begins with the same weights and state."""
-    (before, path, *_), _ = together(run_to("fsdp", tmp_path, 6))
+    (before, *_), _ = together(run_to("fsdp", tmp_path, 6))
     strategy = "fsdp" if size > 1 else "ddp"
     ended = together(lambda: warned(run_to(strategy, tmp_path, 6)), size)
     assert [each[0] for each in ended if each[0] is not None] == [before] * (size if size > 1 else 1)
@@ -305,3 +304,132 @@ def warned(work: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ld.LightdecoWarning)
         return work()
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+class Counting(Deep):
+    """Counts what it evaluates, in torchmetrics objects and in events."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy, self.mean = MulticlassAccuracy(3, average="micro"), MeanMetric()
+        self.seen: list[int] = []
+
+    @ld.validation_step
+    @ld.test_step
+    def check(self, batch: Any) -> dict[str, Any]:
+        x, y = batch
+        logits = self(x)
+        self.accuracy(logits, y)
+        self.mean.update(x[:, 0])
+        ld.log("extra", x.mean())
+        return {"loss": F.cross_entropy(logits, y), "accuracy": self.accuracy, "mean": self.mean}
+
+    @ld.on_validation_batch_end
+    def note(self, batch: Any) -> None:
+        self.seen.append(len(batch[0]))
+
+    @ld.predict_step
+    def infer(self, batch: Any) -> Tensor:
+        return self(batch[0])
+
+
+def evaluate(count: int) -> Any:
+    """Work for a rank: the metrics of `count` samples by all three verbs, before and after a training."""
+
+    def work() -> Any:
+        torch.distributed.init_process_group("gloo")
+        model = Counting()
+        options: dict[str, Any] = {"strategy": "fsdp", **QUIET}
+        before = ld.validate(model, loader(4, count), **options)
+        seen = list(model.seen)
+        predicted = torch.cat(list(ld.predict(model, loader(4, count), strategy="fsdp", progress_bar=False)))
+        ld.fit(model, (loader(8), loader(4, count)), max_epochs=1, checkpoint=False, **options)
+        after = ld.test(model, loader(4, count), **options)
+        return before, seen, predicted.tolist(), after, ld.validate(model, loader(4, count), **options)
+
+    return work
+
+
+@pytest.mark.parametrize(("size", "count"), [(2, 4), (2, 21), (3, 21)])
+def test_each_sample_is_counted_once(size: int, count: int) -> None:
+    """With any number of batches on the processes, none too: metrics, events and predictions as on one process."""
+    ended = together(evaluate(count), size)
+    model = Counting()
+    expected = ld.validate(model, loader(4, count), **QUIET)
+    for before, _, predicted, after, again in ended:
+        assert before == pytest.approx(expected, rel=1e-6)
+        torch.testing.assert_close(
+            torch.tensor(predicted), torch.cat(list(ld.predict(model, loader(4, count), progress_bar=False)))
+        )
+        assert {k.partition("/")[2]: v for k, v in after.items()} == pytest.approx(
+            {k.partition("/")[2]: v for k, v in again.items()}, rel=1e-6
+        )
+    assert sorted(n for each in ended for n in each[1]) == sorted(len(x) for x, _ in loader(4, count))
+
+
+# ---- the meta device -------------------------------------------------------------------------------------------------
+
+
+class Built(Net):
+    """Builds its layers on the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.body
+
+    @ld.configure_model
+    def build(self) -> None:
+        with torch.device("meta"):
+            self.blocks = nn.ModuleList([Block(8) for _ in range(2)])
+            self.idle = nn.BatchNorm1d(8, affine=False)  # buffers alone
+            self.body = nn.Sequential(*self.blocks, nn.Linear(8, 3))
+
+
+def built() -> Any:
+    """The weights that `Built` begins with, and those after an epoch."""
+    torch.distributed.init_process_group("gloo")
+    found = []
+    for steps in (1, 6):
+        model = Built()
+        ld.fit(model, loader(8), max_steps=steps, seed=2, strategy="fsdp", checkpoint=False, **QUIET)
+        found.append(weights(model))
+    return found
+
+
+def test_layers_on_the_meta_device_begin_with_the_same_weights_everywhere(tmp_path: Path) -> None:
+    """On two processes in parts, and on one: the same values, by `reset_parameters` and the seed of the run."""
+    zero, one = together(built)
+    assert zero == one
+    for steps, found in zip((1, 6), zero, strict=True):
+        model = Built()
+        ld.fit(model, loader(16), max_steps=steps, seed=2, checkpoint=False, **QUIET)
+        assert model.idle.running_var.tolist() == [1.0] * 8
+        for name, value in model.state_dict().items():
+            there = torch.tensor(found[name], dtype=value.dtype)
+            torch.testing.assert_close(there, value, rtol=1e-4, atol=1e-5)
+    model = Built()
+    run = ld.fit(model, loader(16), max_steps=2, seed=2, devices=2, strategy="fsdp", **QUIET)
+    assert run.last_checkpoint is not None
+    assert not any(p.is_meta for p in model.parameters())
+    assert ld.validate(model, loader(16), **QUIET)["val/loss"] > 0
+
+
+def test_a_layer_on_meta_that_cannot_fill_itself_is_named() -> None:
+    """On one process too."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+    class WithOdd(Net):
+        @ld.configure_model
+        def build(self) -> None:
+            with torch.device("meta"):
+                self.odd = Odd()
+
+    with pytest.raises(ld.MarkError, match=r"odd \(Odd\) was built on the meta device and has no reset_parameters"):
+        ld.fit(WithOdd(), loader(8), max_steps=1, **QUIET)
