@@ -159,7 +159,7 @@ def _shard(s: Session, peers: Sharded) -> None:
     run, model = s.run, s.plan.model
     if not isinstance(model, FSDPModule):
         _refuse_scalars(model)
-        found = _options(s.settings.strategy, model)
+        found = _options(s.settings.strategy, model, run.device)
         mesh = init_device_mesh(run.device.type, (s.group.size,))
         name, qualname = type(model).__name__, type(model).__qualname__
         materialiser = Materialiser(model, run.seed)
@@ -178,7 +178,7 @@ def _move(unit: nn.Module, device: torch.device) -> None:
             tensor.data = tensor.data.to(device)
 
 
-def _options(strategy: Any, model: nn.Module) -> _Options:
+def _options(strategy: Any, model: nn.Module, device: torch.device) -> _Options:
     if isinstance(strategy, str):
         return _Options({}, None)
     from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
@@ -186,10 +186,18 @@ def _options(strategy: Any, model: nn.Module) -> _Options:
 
     options = {
         "reshard_after_forward": strategy.reshard_after_forward,
-        "offload_policy": strategy.cpu_offload,
+        "offload_policy": _offload(strategy.cpu_offload, device),
         "mp_policy": strategy.mixed_precision_policy or MixedPrecisionPolicy(),
     }
     return _Options(options, fsdp2_prepare_auto_wrap_policy(strategy, model))
+
+
+def _offload(policy: Any, device: torch.device) -> Any:
+    """The policy; on a CPU without pinned memory, which torch has beside a GPU alone."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    pinned = isinstance(policy, CPUOffloadPolicy) and policy.pin_memory and device.type == "cpu"
+    return CPUOffloadPolicy(pin_memory=False) if pinned else policy
 
 
 def _units(model: nn.Module, policy: Callable[[nn.Module], bool] | None) -> Iterator[nn.Module]:

@@ -130,7 +130,7 @@ def save(directory: Path, name: str, state: State | Snapshot, group: Group) -> P
         told = True
         group.same(str(temporary))
         files: dict[str, Record] = {}
-        failed: list[CheckpointError] = []
+        failed: list[Exception] = []
         for written, error in group.gather(_tried(lambda: _write(temporary, content, group))):
             files |= written
             failed += [error] if error is not None else []
@@ -145,11 +145,12 @@ def save(directory: Path, name: str, state: State | Snapshot, group: Group) -> P
             group.same(None)
 
 
-def _tried(write: Callable[[], dict[str, Record]]) -> tuple[dict[str, Record], CheckpointError | None]:
+def _tried(write: Callable[[], dict[str, Record]]) -> tuple[dict[str, Record], Exception | None]:
+    """What was written, or the error, of which the others must hear."""
     try:
         with reported("a part of the checkpoint could not be written (every process must see the folder)"):
             return write(), None
-    except CheckpointError as error:
+    except Exception as error:
         return {}, error
 
 

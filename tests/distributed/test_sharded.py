@@ -1,25 +1,32 @@
 """`strategy="fsdp"` on two processes of the CPU, by torch's `fully_shard`, as on GPUs."""
 
+import errno
 import hashlib
 import json
+import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightdeco as ld
-from lightdeco.checkpoint import verify
+from lightdeco.checkpoint import files, verify
 from lightdeco.checkpoint.describe import describe
 from lightdeco.dtensor import is_sharded, local, whole
+from tests.distributed import ranks
 from tests.distributed.ranks import together
-from tests.distributed.test_fit import Net, Scheduled, Thawing, Weighted, loader
+from tests.distributed.test_fit import Closing, Manual, Net, Scheduled, Thawing, Two, Weighted, loader
 from tests.models import QUIET
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="starts processes")
@@ -433,3 +440,258 @@ def test_a_layer_on_meta_that_cannot_fill_itself_is_named() -> None:
 
     with pytest.raises(ld.MarkError, match=r"odd \(Odd\) was built on the meta device and has no reset_parameters"):
         ld.fit(WithOdd(), loader(8), max_steps=1, **QUIET)
+
+
+# ---- the plugin, and what goes with it -------------------------------------------------------------------------------
+
+
+def plugged(name: str) -> Any:
+    """Work for a rank: a training with a plugin; weights, units, dtypes seen in a block, whether gradients are here."""
+
+    def work() -> Any:
+        torch.distributed.init_process_group("gloo")
+        seen: list[str] = []
+
+        class Watched(Deep):
+            @ld.on_fit_start
+            def listen(self) -> None:
+                self.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(str(output.dtype)))
+
+        model = Watched()
+        ld.fit(model, loader(8), max_epochs=1, seed=5, strategy=PLUGINS[name](), checkpoint=False, **QUIET)
+        units = [key for key, module in model.named_modules() if type(module).__mro__[1].__name__ == "FSDPModule"]
+        return weights(model), units, sorted(set(seen))
+
+    return work
+
+
+def plugin(**options: Any) -> Any:
+    """accelerate's plugin of the second FSDP."""
+    return FullyShardedDataParallelPlugin(fsdp_version=2, **options)
+
+
+HALF: Any = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+PLUGINS: dict[str, Any] = {
+    "default": plugin,
+    "kept": lambda: plugin(reshard_after_forward=False),
+    "by class": lambda: plugin(auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Linear"]),
+    "by size": lambda: plugin(auto_wrap_policy="size_based_wrap", min_num_params=100),
+    "offloaded": lambda: plugin(cpu_offload=True),
+    "half": lambda: plugin(mixed_precision_policy=HALF),
+}
+BLOCKS = ["blocks.0", "blocks.1", "blocks.2"]
+UNITS = {
+    "by class": [f"{block}.linear" for block in BLOCKS] + ["body.0", "body.2"],
+    "by size": ["body", "body.0"],
+}
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_a_plugin_of_accelerate_is_honoured(name: str) -> None:
+    """Units, offload, what is kept after forward and precision; the weights are those of a whole model."""
+    (found, units, dtypes), other = together(plugged(name))
+    assert other[0] == found
+    assert sorted(units) == sorted(["", *UNITS.get(name, BLOCKS)])
+    assert dtypes == ["torch.bfloat16" if name == "half" else "torch.float32"]
+    model = Deep()
+    ld.fit(model, loader(16), max_epochs=1, seed=5, checkpoint=False, **QUIET)
+    tolerance = {"rtol": 5e-2, "atol": 2e-2} if name == "half" else {"rtol": 1e-4, "atol": 1e-6}
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(torch.tensor(found[key]), value, **tolerance)
+
+
+class Scalar(Net):
+    """With a parameter that has no rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "error", "message"),
+    [
+        (Two, {}, ld.LaunchError, "Two.second .* is one of several training steps"),
+        (Manual, {}, ld.LaunchError, "Manual.step .* is one of a manual training step"),
+        (Net, {"oom": "micro"}, ld.SettingsError, "does not go with oom='micro'"),
+        (Net, {"strategy": plugin(ignored_modules="body")}, ld.LaunchError, r"Plugin\(ignored_modules=…\) is not"),
+        (Net, {"strategy": plugin(activation_checkpointing=True)}, ld.LaunchError, r"torch\.utils\.checkpoint"),
+        (Net, {"strategy": plugin(param_init_fn=print)}, ld.LaunchError, "reset_parameters is called"),
+        (Net, {"devices": 1}, ld.LaunchError, "this run has one: give devices=2"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused_before_anything_starts(
+    kind: type[nn.Module], settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    """With the reason, and what to do."""
+    with pytest.raises(error, match=message):
+        ld.fit(kind(), loader(8), max_epochs=1, **{"devices": 2, "strategy": "fsdp", **settings}, **QUIET)
+
+
+def test_the_first_fsdp_is_refused() -> None:
+    """torch has replaced it."""
+    old = FullyShardedDataParallelPlugin(fsdp_version=1)
+    with pytest.raises(ld.LaunchError, match="give fsdp_version=2"):
+        ld.fit(Net(), loader(8), max_epochs=1, devices=2, strategy=old, **QUIET)
+
+
+def refused() -> Any:
+    """What is found out when the model is there."""
+    torch.distributed.init_process_group("gloo")
+    found = []
+    for kind in (Scalar, Closing):
+        with pytest.raises(ld.LaunchError) as error:
+            ld.fit(kind(), loader(8), max_epochs=1, strategy="fsdp", **QUIET)
+        found.append(str(error.value))
+    model = Net()
+    ld.fit(model, loader(8), max_epochs=1, strategy="fsdp", checkpoint=False, **QUIET)
+    with pytest.raises(ld.LaunchError) as error:
+        ld.validate(model, loader(8), **QUIET)
+    return [*found, str(error.value)]
+
+
+def test_models_and_optimizers_that_cannot_be_cut_are_named() -> None:
+    """On every process."""
+    zero, one = together(refused)
+    assert zero == one
+    scalar, closing, again = zero
+    assert "the parameter 'temperature' of Scalar, which has no dimension" in scalar
+    assert "cannot run LBFGS" in closing
+    assert "Net lies in parts on several processes" in again
+
+
+def looked_at() -> Any:
+    """A run with all that looks at a model: summary with an example, gradients, early stopping, learning rates."""
+    torch.distributed.init_process_group("gloo")
+    model = Deep()
+    model.example_input = torch.zeros(2, 8)
+    stopping = ld.EarlyStopping("val/loss", patience=1, min_delta=10.0)
+    callbacks = [stopping, ld.LearningRateMonitor(), ld.ThroughputMonitor()]
+    run = ld.fit(
+        model,
+        (loader(8), loader(5, 33)),
+        max_epochs=9,
+        strategy="fsdp",
+        callbacks=callbacks,
+        logger=True,
+        progress_bar=False,
+        log_gradients=True,
+        profiler="simple",
+        log_every_n_steps=2,
+    )
+    reference = Deep()
+    ld.load_weights(reference, run.best_checkpoint)
+    return [run.stop_reason, run.epoch, str(run.best_checkpoint), weights(reference), weights(model)]
+
+
+def test_callbacks_and_summary_see_a_cut_model(own_directory: Path) -> None:
+    """They work, on all processes alike."""
+    zero, one = together(looked_at)
+    assert zero == one
+    assert zero[0].startswith("early stopping: val/loss")
+    assert zero[1] == 2
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------------
+
+
+def interrupted(root: Path, who: int, act: Callable[[], None], where: str, count: int) -> Any:
+    """`run_to` the end, in which rank `who` does something at the `count`-th call of a function of the sinks."""
+    plain = getattr(files.Sink, where)
+    calls = [0]
+
+    def call(self: Any, *given: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == count and os.environ["RANK"] == str(who):
+            act()
+        return plain(self, *given)
+
+    def work() -> Any:
+        setattr(files.Sink, where, call)
+        return run_to("fsdp", root, 8)()
+
+    return work
+
+
+@pytest.mark.parametrize(("who", "count"), [(0, 1), (0, 14), (1, 3), (1, 4)])
+def test_a_run_killed_while_it_saves_goes_on(tmp_path: Path, who: int, count: int) -> None:
+    """All processes die while one writes its part: the run ends with the weights of one that was not killed."""
+    (expected, path, *_), _ = together(run_to("fsdp", tmp_path / "one", 8))
+    ended = ranks.start(interrupted(tmp_path / "two", who, ranks.die_together, "finish", count))
+    assert [each.status for each in ended] == [-signal.SIGKILL] * 2
+    (found, again, *_), _ = together(run_to("fsdp", tmp_path / "two", 8))
+    assert found == expected
+    assert digest(Path(path)) == digest(Path(again))
+    assert not [p for p in Path(again).parent.iterdir() if p.name.startswith(".")]
+
+
+def full() -> None:
+    """As the system says it."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_part_that_cannot_be_written_is_tried_again(tmp_path: Path, who: int) -> None:
+    """One warning on each process, then the next checkpoint is there; nothing half written stays."""
+
+    def work() -> Any:
+        with pytest.warns(ld.LightdecoWarning, match="could not be saved, training goes on.*No space left"):
+            return interrupted(tmp_path, who, full, "write", 3)()
+
+    (expected, *_), _ = together(run_to("fsdp", tmp_path.with_name("other"), 8))
+    (found, path, *_), other = together(work)
+    assert found == other[0] == expected
+    assert verify(Path(path))
+    assert not [p for p in Path(path).parent.iterdir() if p.name.startswith(".")]
+
+
+def test_sigterm_to_one_process_saves_and_ends_both(tmp_path: Path) -> None:
+    """At the same step, with status 143; the run goes on bit for bit."""
+    (expected, *_), _ = together(run_to("fsdp", tmp_path / "one", 15))
+
+    def work() -> Any:
+        class Told:
+            @ld.on_train_batch_end
+            def end(self, run: ld.Run) -> None:
+                if run.rank == 1 and run.global_step == 5:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        return run_to("fsdp", tmp_path / "two", 15, callbacks=Told())()
+
+    assert [each.status for each in ranks.start(work)] == [143, 143]
+    (found, *_), _ = together(run_to("fsdp", tmp_path / "two", 15))
+    assert found == expected
+
+
+class Failing(Deep):
+    """Rank 1 raises in its fourth step."""
+
+    @ld.training_step
+    def step(self, batch: Any, batch_idx: int, run: ld.Run) -> Any:
+        if run.rank == 1 and batch_idx == 3:
+            raise ValueError("a fault of the user's")
+        return self.loss(batch)
+
+
+def test_what_one_process_raises_reaches_the_caller(own_directory: Path) -> None:
+    """From processes that were started, in a few seconds, and the model is as it was."""
+    model = Failing()
+    before = weights(model)
+    with pytest.raises(ValueError, match="a fault of the user's"):
+        ld.fit(model, loader(8), max_epochs=1, devices=2, strategy="fsdp", **QUIET)
+    assert weights(model) == before
+
+
+def test_started_processes_bring_the_weights_back(own_directory: Path) -> None:
+    """The caller's model is whole and trained; validation and prediction start processes as well."""
+    model, other = Adam(), Adam()
+    data = (loader(8, shuffle=True), loader(5, 33))
+    run = ld.fit(model, data, max_epochs=2, seed=3, devices=2, strategy="fsdp", **QUIET)
+    one = ld.fit(other, (loader(16, shuffle=True), loader(5, 33)), max_epochs=2, seed=3, checkpoint=False, **QUIET)
+    for (name, value), expected in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-5, msg=name)
+    assert run.metrics == pytest.approx(one.metrics, rel=1e-4)
+    options: dict[str, Any] = {"devices": 2, "strategy": "fsdp", **QUIET}
+    assert ld.validate(model, loader(5, 33), **options) == pytest.approx(
+        ld.validate(model, loader(5, 33), weights=run.last_checkpoint, **QUIET), rel=1e-5
+    )
