@@ -118,10 +118,8 @@ class _Outline:
 
     def _where(self) -> None:
         s = self._settings
-        devices = "" if s.devices == "auto" else f", devices={s.devices!r}"
-        form = "steps under autocast" if s.precision.endswith("-mixed") else "weights and inputs in"
-        precision = "" if s.precision == "32-true" else f", {form}: {s.precision}"
-        self._say(f"put the model on its device: accelerator={s.accelerator!r}{devices}{precision}")
+        for line in heads.placed(s):
+            self._say(line)
         if s.compile is not False:
             options = f" ({s.compile})" if isinstance(s.compile, dict) else ""
             self._say(f"compile the model's forward{options}")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from . import launch
+from . import launch, strategies
 from .joined import joined, place
 from .settings import Settings
 
@@ -41,6 +41,16 @@ def averaged_text(count: int, window: bool) -> str | None:
     among = f"average the gradients over the {count} processes" + ("" if window else ", in backward")
     what = among if count > 1 else "divide the gradients by the sum of weights" if window else None
     return what and f"{what}, so that each sample counts the same"
+
+
+def placed(s: Settings) -> Iterator[str]:
+    """Where the model goes."""
+    devices = "" if s.devices == "auto" else f", devices={s.devices!r}"
+    form = "steps under autocast" if s.precision.endswith("-mixed") else "weights and inputs in"
+    precision = "" if s.precision == "32-true" else f", {form}: {s.precision}"
+    yield f"put the model on its device: accelerator={s.accelerator!r}{devices}{precision}"
+    if strategies.name_of(s) == "fsdp":
+        yield "cut every parameter into parts, one for each process (FSDP); steps gather them layer by layer"
 
 
 def dealt_text(s: Settings, count: int) -> str:

@@ -163,7 +163,8 @@ def _shard(s: Session, peers: Sharded) -> None:
         mesh = init_device_mesh(run.device.type, (s.group.size,))
         name, qualname = type(model).__name__, type(model).__qualname__
         materialiser = Materialiser(model, run.seed)
-        for unit in dict.fromkeys([*_units(model, found.policy), model]):  # a module may be in several places
+        units = [unit for unit in _units(model, found.policy) if not _shares(unit, model)]
+        for unit in dict.fromkeys([*units, model]):  # a module may be in several places
             materialiser.fill(unit)
             _move(unit, run.device)
             peers.align(unit, weights=True)
@@ -219,6 +220,13 @@ def _units(model: nn.Module, policy: Callable[[nn.Module], bool] | None) -> Iter
                 yield from (element,) if _can_be_unit(element) and any(element.children()) else _units(element, None)
         else:
             yield from _units(child, None)
+
+
+def _shares(unit: nn.Module, model: nn.Module) -> bool:
+    """Whether a parameter of the unit is one of the modules outside of it too: then the model itself gathers it."""
+    inside, own = set(unit.modules()), {id(p) for p in unit.parameters()}
+    outside = (module for module in model.modules() if module not in inside)
+    return any(id(p) in own for module in outside for p in module._parameters.values())
 
 
 def _can_be_unit(module: nn.Module) -> bool:

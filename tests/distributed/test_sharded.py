@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,34 @@ class Adam(Deep):
         return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
 
 
+class Tied(Deep):
+    """A layer of a block is used outside of it too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8, bias=False)
+        self.first.weight = self.blocks[0].linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.first(x))
+
+
+class Sharp(Adam):
+    """Looks at the gradients a little uphill (SAM), by a closure."""
+
+    @ld.optimizer_step
+    def sam(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Tensor]) -> None:
+        pairs = [(p, 0.05 * p.grad.sign()) for group in optimizer.param_groups for p in group["params"]]
+        with torch.no_grad():
+            for p, up in pairs:
+                p.add_(up)
+        closure()
+        with torch.no_grad():
+            for p, up in pairs:
+                p.sub_(up)
+        optimizer.step()
+
+
 class Poor(Deep):
     """The loss of the third batch of rank 1 is not a number."""
 
@@ -100,6 +129,9 @@ CASES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "scheduler and clipping": (Scheduled, {"gradient_clip_val": 0.3}),
     "values": (Adam, {"gradient_clip_val": 0.001, "gradient_clip_algorithm": "value"}),
     "thawing": (Thawing, {}),
+    "tied": (Tied, {"checkpoint": True}),
+    "closure": (Sharp, {}),
+    "compiled": (Deep, {"compile": True}),
     "skipped": (Poor, {"on_nan": "skip"}),
     "bf16": (Deep, {"precision": "bf16-mixed"}),
     "bf16-true": (Deep, {"precision": "bf16-true"}),
@@ -123,6 +155,7 @@ def weights(model: nn.Module) -> dict[str, Any]:
 def both() -> dict[str, Any]:
     """Of each case, by both strategies: weights, metrics, records of the training, updates."""
     torch.distributed.init_process_group("gloo")
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # torch's own compiler
     found: dict[str, Any] = {}
     for name, (kind, settings) in CASES.items():
         found[name] = []
@@ -306,8 +339,6 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, size: in
 
 def warned(work: Any) -> Any:
     """What `work` returns; it warns that the number of processes is another."""
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ld.LightdecoWarning)
         return work()
@@ -694,4 +725,11 @@ def test_started_processes_bring_the_weights_back(own_directory: Path) -> None:
     options: dict[str, Any] = {"devices": 2, "strategy": "fsdp", **QUIET}
     assert ld.validate(model, loader(5, 33), **options) == pytest.approx(
         ld.validate(model, loader(5, 33), weights=run.last_checkpoint, **QUIET), rel=1e-5
+    )
+
+
+def test_explain_says_that_the_model_is_cut() -> None:
+    """One line more."""
+    assert "cut every parameter into parts" in str(
+        ld.explain(Net(), loader(8), max_epochs=1, strategy="fsdp", devices=2)
     )
