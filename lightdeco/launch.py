@@ -120,7 +120,7 @@ def make_accelerator(settings: Settings, configured: dict[str, Any], several: bo
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # or else accelerate sets it, and warns
     bf16 = os.environ.get("XLA_USE_BF16")
     try:
-        with xla.kept_out(kind):
+        with xla.kept_out(kind), strategies.launcher_unheard():
             accelerator = Accelerator(**arguments)
     finally:
         os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
@@ -172,6 +172,8 @@ def accelerator_arguments(hook: Hook | None, returned: object) -> dict[str, Any]
     for key in returned:
         if key not in allowed:
             raise MarkError(f"{hook.where} returned {key!r}, which Accelerator does not take{nearest(key, allowed)}")
+        if key in strategies.ARGUMENTS and returned[key] is not None:
+            raise MarkError(f"{hook.where} returned {key!r}; {strategies.ARGUMENTS[key]}")
     return returned
 
 

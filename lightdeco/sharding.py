@@ -159,7 +159,7 @@ def _shard(s: Session, peers: Sharded) -> None:
     run, model = s.run, s.plan.model
     if not isinstance(model, FSDPModule):
         _refuse_scalars(model)
-        found = _options(s.settings.strategy, model, run.device)
+        found = _options(strategies.fsdp_plugin(s.settings), model, run.device)
         mesh = init_device_mesh(run.device.type, (s.group.size,))
         name, qualname = type(model).__name__, type(model).__qualname__
         materialiser = Materialiser(model, run.seed)
@@ -180,7 +180,7 @@ def _move(unit: nn.Module, device: torch.device) -> None:
 
 
 def _options(strategy: Any, model: nn.Module, device: torch.device) -> _Options:
-    if isinstance(strategy, str):
+    if strategy is None:
         return _Options({}, None)
     from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
     from torch.distributed.fsdp import MixedPrecisionPolicy

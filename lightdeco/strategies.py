@@ -1,6 +1,8 @@
 """What `strategy=` means, and what is refused before anything starts."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 from .errors import LaunchError, SettingsError
@@ -12,6 +14,21 @@ _PLUGINS: Final = {
     "DistributedDataParallelKwargs": "ddp",
     "FullyShardedDataParallelPlugin": "fsdp",
     "DeepSpeedPlugin": "deepspeed",
+}
+
+#: What accelerate's launcher sets, and what it stands for.
+_LAUNCHED: Final = {
+    "ACCELERATE_USE_FSDP": "fsdp",
+    "ACCELERATE_USE_DEEPSPEED": "deepspeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+#: Arguments of `Accelerator` that would choose another strategy behind lightdeco's back, and what to do instead.
+ARGUMENTS: Final = {
+    "fsdp_plugin": "give it as fit(…, strategy=plugin)",
+    "deepspeed_plugin": "give it as fit(…, strategy=plugin)",
+    "deepspeed_plugins": "give one as fit(…, strategy=plugin)",
+    "megatron_lm_plugin": "lightdeco does not run Megatron-LM",
+    "parallelism_config": "lightdeco runs data parallelism and FSDP alone: give strategy='ddp' or 'fsdp'",
 }
 
 
@@ -41,6 +58,12 @@ def check(settings: Settings, kind: str, processes: int, plan: Plan | None) -> N
         SettingsError: it is no plugin of accelerate, or another setting does not go with it.
     """
     name = name_of(settings)
+    asked = next((meant for variable, meant in _LAUNCHED.items() if _true(variable)), name)
+    if asked != name:
+        raise LaunchError(
+            f"accelerate's launcher was configured for {asked}, and this run has strategy={settings.strategy!r}; give "
+            "strategy='fsdp' (its FSDP_… variables count then), or configure the launcher anew"
+        )
     if name == "ddp":
         if not isinstance(settings.strategy, str):
             refuse_compression([settings.strategy])
@@ -72,8 +95,8 @@ def _refuse_beside_fsdp(settings: Settings, plan: Plan | None) -> None:
         value = getattr(settings, name)
         if value not in allowed:
             raise SettingsError(f"strategy='fsdp' does not go with {name}={value!r}: {why}")
-    strategy: Any = settings.strategy
-    if isinstance(strategy, str):
+    strategy = fsdp_plugin(settings)
+    if strategy is None:
         return
     for name, what in (
         ("ignored_modules", "cut all modules, or freeze these"),
@@ -101,6 +124,31 @@ def arguments(settings: Settings, several: bool) -> dict[str, Any]:
     if not isinstance(settings.strategy, str):
         return {"kwargs_handlers": [settings.strategy]}
     return {"kwargs_handlers": [DistributedDataParallelKwargs(find_unused_parameters=True)]} if several else {}
+
+
+def fsdp_plugin(settings: Settings) -> Any:
+    """The plugin of "fsdp" that was given, or that accelerate's launcher was configured with; None: neither."""
+    if not isinstance(settings.strategy, str):
+        return settings.strategy
+    if not _true("ACCELERATE_USE_FSDP"):
+        return None
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    return FullyShardedDataParallelPlugin()
+
+
+@contextmanager
+def launcher_unheard() -> Iterator[None]:
+    """While an Accelerator is made: it would take the strategy from variables of its launcher."""
+    kept = {name: os.environ.pop(name) for name in _LAUNCHED if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+def _true(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "y", "on", "t")
 
 
 def refuse_compression(handlers: Iterable[object]) -> None:

@@ -566,6 +566,39 @@ def test_the_first_fsdp_is_refused() -> None:
         ld.fit(Net(), loader(8), max_epochs=1, devices=2, strategy=old, **QUIET)
 
 
+def test_what_the_launcher_is_configured_for_is_not_another_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch --use_fsdp`: an error without strategy="fsdp", its variables with it."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ld.LaunchError, match=r"configured for fsdp, .* give strategy='fsdp'"):
+        ld.fit(Net(), loader(8), max_epochs=1, **QUIET)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP")
+    monkeypatch.setenv("FSDP_MIN_NUM_PARAMS", "100")
+
+    def work() -> Any:
+        model = Deep()
+        ld.fit(model, loader(8), max_steps=1, strategy="fsdp", checkpoint=False, **QUIET)
+        return [name for name, module in model.named_modules() if type(module).__mro__[1].__name__ == "FSDPModule"]
+
+    assert together(work) == [["", "body", "body.0"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("fsdp_plugin", plugin(), "strategy=plugin"), ("parallelism_config", object(), "give strategy='ddp' or 'fsdp'")],
+)
+def test_configure_accelerator_cannot_choose_another_strategy(name: str, value: Any, message: str) -> None:
+    """accelerate would run it behind the settings, or, on a CPU, not run it."""
+
+    class Configured(Net):
+        @ld.configure_accelerator
+        def arguments(self) -> dict[str, Any]:
+            return {name: value}
+
+    with pytest.raises(ld.MarkError, match=f"returned '{name}'; .*{message}"):
+        ld.fit(Configured(), loader(8), max_epochs=1, **QUIET)
+
+
 def refused() -> Any:
     """What is found out when the model is there."""
     torch.distributed.init_process_group("gloo")
