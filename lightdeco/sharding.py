@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from . import strategies
 from .ballot import FACTOR, LOSS
-from .dtensor import is_sharded, local, reshard
+from .dtensor import forget_forward, is_sharded, local, reshard
 from .errors import LaunchError
 from .materialise import Materialiser
 from .optim import gradients_of
@@ -52,7 +52,8 @@ class ShardedSteps(Steps):
         return outputs
 
     def end(self) -> None:
-        """Leave nothing of the run in the model."""
+        """Leave nothing of the run in the model; a step may have been left half-way."""
+        forget_forward(self.model)
         reshard(self.model)
         delattr(self.model, _CALL)
 

@@ -746,6 +746,45 @@ def test_what_one_process_raises_reaches_the_caller(own_directory: Path) -> None
     assert weights(model) == before
 
 
+class Halting(Deep):
+    """Raises in the third backward, as long as it is `bad`."""
+
+    bad = True
+
+    @ld.training_step
+    def step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        if batch_idx == 2 and self.bad:
+            self.seen.register_hook(self.halt)
+        return loss
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.blocks[0](x)
+        logits: Tensor = self.body(self.blocks[1](self.seen)) * self.scale
+        return logits
+
+    def halt(self, grad: Tensor) -> None:
+        raise ValueError("half-way")
+
+
+def halted() -> Any:
+    """A run that ends half-way in a backward, and one after it with the same model."""
+    torch.distributed.init_process_group("gloo")
+    model = Halting()
+    with pytest.raises(ValueError, match="half-way"):
+        ld.fit(model, loader(8), max_epochs=1, strategy="fsdp", checkpoint=False, **QUIET)
+    model.bad = False
+    run = ld.fit(model, loader(8), max_epochs=1, strategy="fsdp", checkpoint=False, **QUIET)
+    return run.global_step, weights(model)
+
+
+def test_a_model_can_be_trained_again_after_an_error() -> None:
+    """In the same processes."""
+    zero, one = together(halted)
+    assert zero == one
+    assert zero[0] == 6
+
+
 def test_started_processes_bring_the_weights_back(own_directory: Path) -> None:
     """The caller's model is whole and trained; validation and prediction start processes as well."""
     model, other = Adam(), Adam()
