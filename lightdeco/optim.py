@@ -183,6 +183,11 @@ def gradients_of(optimizer: Optimizer) -> list[Tensor]:
     return [p.grad for p in parameters_of(optimizer) if p.grad is not None]
 
 
+def divide(optimizer: Optimizer, by: Any) -> None:
+    """Divide the gradients of the optimizer's parameters, of each the part of this process."""
+    torch._foreach_div_([local(grad) for grad in gradients_of(optimizer)], by)
+
+
 def needs_closure(optimizer: Optimizer) -> bool:
     """Whether `optimizer.step` cannot be called without a closure (LBFGS)."""
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
@@ -281,7 +286,7 @@ class Window:
             total = torch.where(total == 0, torch.ones_like(total), total)  # all gradients are 0 then
         elif total == 0:
             raise StepError('every "weight" of an accumulation window was 0; leave such batches out of the data')
-        torch._foreach_div_(gradients_of(optimizer), total)
+        divide(optimizer, total)
 
 
 # ---- schedules -------------------------------------------------------------------------------------------------------

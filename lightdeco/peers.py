@@ -22,7 +22,7 @@ from .data.loader import Loader
 from .dtensor import is_sharded
 from .errors import warn
 from .group import Group
-from .optim import gradients_of, parameters_of
+from .optim import divide, parameters_of
 from .run import Run
 from .signals import ENDS, Signals
 from .windows import SharedWindow
@@ -134,26 +134,26 @@ class Peers(Alone):
             if names := unused.without_gradient(self._wrapped):
                 raise unused.refusal(names)
         votes, self._ballot.grad = self._ballot.grad, None
-        self.tally(votes, gradients_of(optimizer))
+        self.tally(votes, optimizer)
 
-    def tally(self, votes: Tensor, gradients: list[Tensor]) -> None:
-        """Take over what was agreed, and divide the gradients by the mean factor; `votes` are means.
+    def tally(self, votes: Tensor, optimizer: Optimizer) -> None:
+        """Take over what was agreed, and divide the optimizer's gradients by the mean factor; `votes` are means.
 
         Raises:
             StepError: every weight of the window was 0.
         """
         if self.needs_loss:
             self.loss = votes[LOSS] / votes[FACTOR]
-        if votes.device.type != "cpu":
+        if not votes.is_cpu:
             factor = votes[FACTOR]
-            torch._foreach_div_(gradients, torch.where(factor == 0, torch.ones_like(factor), factor))
+            divide(optimizer, torch.where(factor == 0, torch.ones_like(factor), factor))
             self._read_later(votes)
             return
         numbers = votes.tolist()
         self._read(numbers)
         refuse_weightless(numbers)
         if numbers[FACTOR] != 1.0:
-            torch._foreach_div_(gradients, numbers[FACTOR])
+            divide(optimizer, numbers[FACTOR])
 
     def average(self, optimizer: Optimizer, factor: Any) -> None:
         """The sum of the optimizer's gradients over all processes, divided by the sum of factors; one all-reduce.

@@ -13,10 +13,9 @@ from torch.optim import Optimizer
 
 from . import strategies
 from .ballot import FACTOR, LOSS
-from .dtensor import forget_forward, is_sharded, local, reshard
+from .dtensor import forget_forward, is_sharded, reshard
 from .errors import LaunchError
 from .materialise import Materialiser
-from .optim import gradients_of
 from .peers import Peers
 from .session import Session
 from .steps import Steps
@@ -103,7 +102,7 @@ class Sharded(Peers):
         votes[FACTOR], votes[LOSS] = self._factors, self._losses
         self._factors = self._losses = 0.0
         torch.distributed.all_reduce(votes)
-        self.tally(votes / self.size, [local(grad) for grad in gradients_of(optimizer)])
+        self.tally(votes / self.size, optimizer)
 
     def average(self, optimizer: Optimizer, factor: Any) -> None:
         """As `count`: each backward has averaged its gradients already."""
