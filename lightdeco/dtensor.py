@@ -1,5 +1,6 @@
 """Sharded tensors, which are torch's `DTensor`: recognised without the slow import of torch.distributed.tensor."""
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -70,4 +71,5 @@ def forget_forward(model: nn.Module) -> None:
     """Tell torch that a forward of a model that is cut was left half-way."""
     reset = getattr(model, "reset_iter_state", None)
     if callable(reset):
-        reset()
+        with suppress(AttributeError):  # so it ends where no forward was begun yet
+            reset()

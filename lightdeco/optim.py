@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from .dtensor import is_sharded, local, whole
+from .dtensor import local, whole
 from .errors import MarkError, SettingsError, StepError, nearest, warn
 
 
@@ -196,15 +196,11 @@ def needs_closure(optimizer: Optimizer) -> bool:
 
 def clip(optimizer: Optimizer, value: float, algorithm: str) -> None:
     """Clip the gradients of the optimizer's parameters by their common norm, or each value. Does not wait."""
-    parameters = parameters_of(optimizer)
     if algorithm == "norm":
-        nn.utils.clip_grad_norm_(parameters, value)
-    else:
-        cut = [local(p.grad) for p in parameters if is_sharded(p) and p.grad is not None]
-        for grad in cut:  # which torch's own function refuses
-            grad.clamp_(-value, value)
-        if not cut:
-            nn.utils.clip_grad_value_(parameters, value)
+        nn.utils.clip_grad_norm_(parameters_of(optimizer), value)
+    elif grads := [local(grad) for grad in gradients_of(optimizer)]:
+        torch._foreach_clamp_min_(grads, -value)
+        torch._foreach_clamp_max_(grads, value)
 
 
 def finite_gradients(optimizer: Optimizer) -> Tensor:
