@@ -112,15 +112,19 @@ class Peers(Alone):
         wishes = self.wishes() if last else [0.0] * SIZE
         if not isinstance(factor, Tensor):
             wishes[FACTOR] = factor
-        if wishes != self._wishes:  # seldom; on a GPU this waits for it
-            self._wishes = wishes
-            self._template = torch.tensor(wishes, dtype=self.slip.dtype, device=self.slip.device)
-        votes = self._template.clone()  # autograd may take it as it is for the gradient, in which DDP writes
+        # A copy: autograd may take it as it is for the gradient, in which DDP writes.
+        votes = self.template(wishes, self.slip.dtype, self.slip.device).clone()
         if isinstance(factor, Tensor):
             votes[FACTOR] = factor
         if self.needs_loss:
             votes[LOSS] = loss.detach() * factor
         return Cast.apply(loss, self.slip, factor, votes)  # type: ignore[no-any-return]
+
+    def template(self, wishes: list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The wishes as a tensor, the same one as long as they are the same: to make one waits for a GPU."""
+        if wishes != self._wishes:
+            self._wishes, self._template = wishes, torch.tensor(wishes, dtype=dtype, device=device)
+        return self._template
 
     def count(self, optimizer: Optimizer) -> None:
         """After backward: read the ballot, and divide the optimizer's gradients by the mean of all factors.

@@ -98,7 +98,7 @@ class Sharded(Peers):
         Raises:
             StepError: every weight of the window was 0.
         """
-        votes = torch.tensor(self.wishes(), dtype=self._dtype, device=self.run.device)
+        votes = self.template(self.wishes(), self._dtype, self.run.device).clone()
         votes[FACTOR], votes[LOSS] = self._factors, self._losses
         self._factors = self._losses = 0.0
         torch.distributed.all_reduce(votes)

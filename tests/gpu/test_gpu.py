@@ -134,6 +134,29 @@ def test_an_interrupted_run_goes_on_bit_for_bit(precision: str, steps: int, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_gpus_are_as_one(strategy: str, precision: str, offload: bool, tmp_path: Path) -> None:
+    """Half the batch on each of two GPUs, whole or in parts, the parts on the CPU too: the weights of one GPU."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    if offload and strategy == "ddp":
+        pytest.skip("only parts are offloaded")
+    plugin: Any = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=True) if offload else strategy
+    generator = torch.Generator().manual_seed(0)
+    samples = TensorDataset(torch.randn(64, 8, generator=generator), torch.randint(3, (64,), generator=generator))
+    one, two = Net(dropout=0.0), Net(dropout=0.0)
+    two.load_state_dict(one.state_dict())
+    options: dict[str, Any] = {"precision": precision, "gradient_clip_val": 0.5, "root_dir": tmp_path}
+    fit(one, DataLoader(samples, batch_size=16), **options)
+    run = fit(two, DataLoader(samples, batch_size=8), devices=2, strategy=plugin, checkpoint=True, **options)
+    for before, after in zip(weights(one), weights(two), strict=True):
+        torch.testing.assert_close(after, before, rtol=2e-2, atol=1e-3)
+    assert ld.checkpoint.verify(run.last_checkpoint) is not None
+
+
 def test_compile() -> None:
     """The compiled forward trains to the same weights but for rounding."""
     compiled, eager = Net(dropout=0.0), Net(dropout=0.0)
