@@ -146,7 +146,7 @@ def test_two_gpus_are_as_one(strategy: str, precision: str, offload: bool, tmp_p
         pytest.skip("only parts are offloaded")
     plugin: Any = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=True) if offload else strategy
     generator = torch.Generator().manual_seed(0)
-    samples = TensorDataset(torch.randn(64, 8, generator=generator), torch.randint(3, (64,), generator=generator))
+    samples = TensorDataset(torch.randn(64, 4, generator=generator), torch.randint(3, (64,), generator=generator))
     one, two = Net(dropout=0.0), Net(dropout=0.0)
     two.load_state_dict(one.state_dict())
     options: dict[str, Any] = {"precision": precision, "gradient_clip_val": 0.5, "root_dir": tmp_path}
