@@ -186,9 +186,10 @@ def _evaluation(
     plan, given = prepare(verb, model, data, resolved)
     writes = bool(overrides.get("logger"))  # an evaluation writes files only when it is asked to, in this very call
     if (processes := launch.count(resolved, plan)) > 1:
-        return elsewhere.evaluate(
-            validate if verb == "validate" else test, model, data, weights, resolved, processes, writes
+        values: dict[str, float] = elsewhere.evaluate(
+            validate if verb == "validate" else test, plan, data, weights, resolved, processes, writes
         )
+        return values
     with opened(plan, given, resolved, writes, weights) as s, s.process.entered(), active(s.run):
         return _evaluate(s, "val" if verb == "validate" else "test")
 
@@ -211,7 +212,7 @@ def predict(
     warn_without_effect("predict", overrides)
     plan, given = prepare("predict", model, data, resolved)
     if (processes := launch.count(resolved, plan)) > 1:
-        return iter(elsewhere.predict(predict, model, data, weights, resolved, processes))
+        return iter(elsewhere.evaluate(predict, plan, data, weights, resolved, processes))
     return _predict(plan, given, resolved, weights)
 
 
