@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 import torch
 from torch import nn
 
-from . import joined, launch
+from . import errors, joined, launch
 from .callbacks.model_checkpoint import POLICY, ModelCheckpoint
-from .errors import LaunchError, warn
+from .errors import LaunchError, Line, warn
 from .plan import Plan
 from .run import Run
 from .settings import Settings
@@ -58,6 +58,7 @@ class _Call(NamedTuple):
     settings: Settings
     more: dict[str, Any]
     generator: torch.Tensor
+    line: Line
 
 
 def fit(verb: Verb, plan: Plan, model: nn.Module, data: Any, settings: Settings, count: int) -> Run:
@@ -103,7 +104,7 @@ def _start(
     from . import processes
 
     # torch's random state decides the seed of a run that is given none.
-    call = _Call(verb, model, data, settings, more, torch.get_rng_state())
+    call = _Call(verb, model, data, settings, more, torch.get_rng_state(), errors.caller())
     return processes.start(
         _work,
         call,
@@ -118,6 +119,7 @@ def _work(call: _Call, folder: Path) -> tuple[Any, dict[str, Any]]:
     """In a started process: the verb; what rank 0 returns is sent back, with the states of what the verb was given."""
     from . import checkpoint, preparing
 
+    errors.start_at(call.line)
     torch.set_rng_state(call.generator)
     settings = replace(call.settings, devices="auto")  # they are chosen already
     with preparing.again() as plans:
