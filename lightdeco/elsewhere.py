@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 import torch
 from torch import nn
 
-from . import errors, joined, launch
+from . import ending, errors, joined, launch
 from .callbacks.model_checkpoint import POLICY, ModelCheckpoint
 from .errors import LaunchError, Line, warn
 from .plan import Plan
@@ -70,7 +70,11 @@ def fit(verb: Verb, plan: Plan, model: nn.Module, data: Any, settings: Settings,
     What a process raises is raised here. The model is then unchanged.
     """
     with TemporaryDirectory(prefix="lightdeco-") as folder:
-        told, states = _start(verb, model, data, settings, count, {}, Path(folder))
+        try:
+            told, states = _start(verb, model, data, settings, count, {}, Path(folder))
+        except Exception as error:
+            ending.correct(Path(folder), error)
+            raise
         _take_over(plan, model, settings, Path(folder) / _TRAINED)
     _put_back(plan, settings, states)
     run = Run("fit", model, settings, told["seed"])

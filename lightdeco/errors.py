@@ -22,6 +22,9 @@ from typing import Final, NamedTuple
 #: Code that no warning points at: lightdeco, and contextlib, through which lightdeco calls itself.
 _PASSED: Final = (os.path.dirname(os.path.abspath(__file__)) + os.sep, contextlib.__file__)
 
+#: What torch says where the other end of a connection is gone, which explains nothing: the other process can.
+_GONE: Final = ("gloo/transport", "Connection was likely closed", "ncclRemoteError", "remote process exited")
+
 
 class Line(NamedTuple):
     """Where a verb was called."""
@@ -70,7 +73,12 @@ class CheckpointError(LightdecoError):
 
 
 class LaunchError(LightdecoError):
-    """The devices or processes asked for cannot be had on this machine."""
+    """The devices or processes asked for cannot be had on this machine, or one of them was killed or hangs.
+
+    `rank` is that of the process which failed first, where a verb had started several.
+    """
+
+    rank: int | None = None
 
 
 class LightdecoWarning(UserWarning):
@@ -124,6 +132,15 @@ def _line(frame: FrameType) -> Line:
     if frame.f_back is None and _started_at is not None:
         return _started_at
     return Line(frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__", "<unknown>"))
+
+
+def lost(text: object) -> bool:
+    """Whether an error says no more than that another process of the run is gone.
+
+    >>> lost(RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:45455"))
+    True
+    """
+    return any(words in str(text) for words in _GONE)
 
 
 def wrong_argument(function: str, name: str, value: object, allowed: str) -> SettingsError:

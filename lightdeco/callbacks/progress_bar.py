@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from time import perf_counter
 from typing import TYPE_CHECKING, ClassVar
 
-from lightdeco.errors import SettingsError
+from lightdeco.errors import SettingsError, lost
 from lightdeco.marks import (
     on_exception,
     on_fit_end,
@@ -140,7 +140,8 @@ class ProgressBar:
     @on_exception
     def _fail(self, run: "Run", exception: BaseException) -> None:
         how = "failed" if isinstance(exception, Exception) else "interrupted"
-        self._close(f"{how}: {type(exception).__name__} in {self._place(run)}{_files(run)}")
+        what = "another process of the run has ended," if lost(exception) else type(exception).__name__
+        self._close(f"{how}: {what} in {self._place(run)}{_files(run)}")
 
     # A generator of `predict` that is left half-way.
     @teardown

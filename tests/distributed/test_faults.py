@@ -96,18 +96,27 @@ def _fails(how: str, folder: Path, **given: Any) -> tuple[BaseException, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["raises", "is killed", "exits"])
-def test_a_rank_that_fails_ends_the_run(how: str, tmp_path: Path) -> None:
-    """Within 5 s, with the first error last and its rank named; the caller's model is as it was."""
-    error, seconds = _fails(how, tmp_path)
+def test_a_rank_that_fails_ends_the_run(how: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Within 5 s, with its cause and rank, and not with what it caused elsewhere; the caller's model is as it was."""
+    error, seconds = _fails(how, tmp_path, progress_bar=True)
     assert seconds < 5
     text = str(error.__cause__ if how == "raises" else error)
+    told = json.loads((tmp_path / "run" / "end.json").read_text())
+    assert told["status"] == "failed"
     if how == "raises":
         assert type(error) is ValueError
         assert text.endswith("ValueError: no good\n(on rank 1 of 2)")
+        assert told["error"] == {"class": "ValueError", "message": "no good (on rank 1)"}
     else:
         assert type(error) is LaunchError
         what = "was killed by SIGKILL" if how == "is killed" else "called sys.exit(0) before the end"
         assert f"rank 1 of 2 {what}" in text.splitlines()[-1]
+        assert told["error"] == {"class": "lightdeco.errors.LaunchError", "message": text.splitlines()[-1]}
+    written = capfd.readouterr()
+    for where in (text, written.out, written.err):
+        assert "gloo" not in where, where
+        assert "RuntimeError" not in where, where
+    assert "failed: another process of the run has ended, in epoch" in written.out
 
 
 @pytest.mark.slow
