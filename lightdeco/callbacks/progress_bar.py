@@ -131,7 +131,8 @@ class ProgressBar:
         self._evaluation = ""
         self._evaluating_s += seconds
         if not self._in_fit:
-            done = f"{_TITLES.get(run.stage, run.stage)} finished: {_count(self._evaluated, 'batch', 'batches')}"
+            where = f" on rank 0 of {run.world_size}" if run.world_size > 1 else ""
+            done = f"{_TITLES.get(run.stage, run.stage)} finished: {_count(self._evaluated, 'batch', 'batches')}{where}"
             last = f"{done} in {_duration(seconds)}{_files(run)}"
             self._close("  ".join([last, *_facts(run.metrics)]))
 
@@ -150,16 +151,17 @@ class ProgressBar:
 
     def _place(self, run: "Run") -> str:
         """Where the run is, for a person."""
+        epoch = " ".join(_epoch(run).split())
         evaluation = f"{self._evaluation} after {_of(self._evaluated, run.num_eval_batches)}"
         if not self._in_fit:
             return evaluation
         if self._epoch_started is None:
             return evaluation if self._evaluation else "the start of fit"
         training, step = (
-            f"{_epoch(run)} after {_of(run.progress.batch, run.num_train_batches)}",
+            f"{epoch} after {_of(run.progress.batch, run.num_train_batches)}",
             f"step {run.global_step:,}",
         )
-        return f"{evaluation} ({_epoch(run)}, {step})" if self._evaluation else f"{training}, {step}"
+        return f"{evaluation} ({epoch}, {step})" if self._evaluation else f"{training}, {step}"
 
     # ---- drawing -----------------------------------------------------------------------------------------------------
 
