@@ -411,7 +411,7 @@ def _evaluate(s: Session, stage: str, sanity: bool = False) -> dict[str, float]:
 def _evaluate_batch(s: Session, stage: str, batch: Any, batch_idx: int, index: int) -> Any:
     """One batch of validation, test or prediction; returns what the step returned."""
     run, call, event, role = s.run, s.call, f"on_{_EVENT[stage]}", STAGE_STEP[stage]
-    run.batch, run.batch_idx = batch, batch_idx
+    run.batch, run.batch_idx, run.place = batch, batch_idx, (index << 32) + batch_idx
     beat(run.global_step, _EVENT[stage])
     seed = seeds.eval_seed(run.seed, index, batch_idx * run.world_size + run.rank)
     with no_grad(s.settings.inference_mode and s.settings.precision != "fp8", run.device):
