@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from . import child
-from .errors import LaunchError, warn
+from .errors import LaunchError, lost, warn
 from .loggers.masking import mask_text
 from .run import Run
 
@@ -95,4 +95,6 @@ def _message(error: BaseException) -> str:
         text = mask_text(str(error))
     except Exception:  # a broken __str__ of the user's error must not hide the error itself
         return ""
+    if lost(text):
+        text = f"another process of the run has ended, which says why: {text}"
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"

@@ -259,3 +259,28 @@ def test_a_signal_to_the_process_that_called_fit(number: int, tmp_path: Path) ->
     else:
         assert err.count("stopping after this step") == 1
         assert err.splitlines()[-1] == "KeyboardInterrupt"
+
+
+@pytest.mark.slow
+def test_a_rank_of_torchrun_that_is_killed(tmp_path: Path) -> None:
+    """Nobody can tell rank 0 the cause there: `end.json` says that another process has ended, which is to be asked."""
+    (tmp_path / "script.py").write_text(dedent(ENDLESS))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        limit = time.monotonic() + 60
+        while not (tmp_path / "pid-1").exists():
+            assert process.poll() is None
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGKILL)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    end = json.loads((tmp_path / "runs" / "run" / "end.json").read_text())
+    assert end["status"] == "failed"
+    assert end["error"]["message"].startswith("another process of the run has ended, which says why: ")
+    assert "failed: another process of the run has ended, in" in out
