@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 import torch
 from torch import nn
 
-from . import group, launch, strategies
+from . import ending, errors, group, joined, launch, strategies
+from .callbacks.model_checkpoint import POLICY, ModelCheckpoint
+from .errors import LaunchError, Line, warn
 from .materialise import Materialiser
 from .plan import Plan
 from .run import Run
@@ -39,6 +41,11 @@ _TOLD: Final = (
     "_dir",
 )
 
+#: The name of the data object's state.
+_DATA: Final = "(data)"
+#: Says of `EarlyStopping`, `SpikeDetection` and `Timer` that the next `fit` goes on; `load_state_dict` sets it.
+_GOES_ON: Final = "_loaded"
+
 
 Verb: TypeAlias = Callable[..., Any]
 
@@ -52,6 +59,7 @@ class _Call(NamedTuple):
     settings: Settings
     more: dict[str, Any]
     generator: torch.Tensor
+    line: Line
 
 
 def fit(verb: Verb, plan: Plan, model: nn.Module, data: Any, settings: Settings, count: int) -> Run:
@@ -63,8 +71,13 @@ def fit(verb: Verb, plan: Plan, model: nn.Module, data: Any, settings: Settings,
     What a process raises is raised here. The model is then unchanged.
     """
     with TemporaryDirectory(prefix="lightdeco-") as folder:
-        told = _start(verb, model, data, settings, count, {}, Path(folder))
+        try:
+            told, states = _start(verb, model, data, settings, count, {}, Path(folder))
+        except Exception as error:
+            ending.correct(Path(folder), error)
+            raise
         _take_over(plan, model, settings, Path(folder) / _TRAINED)
+    _put_back(plan, settings, states)
     run = Run("fit", model, settings, told["seed"])
     for name in _TOLD:
         setattr(run, name, told[name])
@@ -72,24 +85,16 @@ def fit(verb: Verb, plan: Plan, model: nn.Module, data: Any, settings: Settings,
 
 
 def evaluate(
-    verb: Verb, model: nn.Module, data: Any, weights: "Weights", settings: Settings, count: int, writes: bool
-) -> dict[str, float]:
-    """`ld.validate` or `ld.test` in `count` processes."""
+    verb: Verb, plan: Plan, data: Any, weights: "Weights", settings: Settings, count: int, writes: bool = False
+) -> Any:
+    """`ld.validate`, `ld.test` or `ld.predict` in `count` processes; of the last all outputs, in the data's order."""
     from .resuming import load
 
     more: dict[str, Any] = {"weights": weights} | ({"logger": settings.logger} if writes else {})
-    values: dict[str, float] = _start(verb, model, data, settings, count, more)
-    load(model, settings, weights)
-    return values
-
-
-def predict(verb: Verb, model: nn.Module, data: Any, weights: "Weights", settings: Settings, count: int) -> list[Any]:
-    """`ld.predict` in `count` processes: everything, in the order of the data."""
-    from .resuming import load
-
-    outputs: list[Any] = _start(verb, model, data, settings, count, {"weights": weights})
-    load(model, settings, weights)
-    return outputs
+    result, states = _start(verb, plan.model, data, settings, count, more)
+    load(plan.model, settings, weights)
+    _put_back(plan, settings, states)
+    return result
 
 
 def _start(
@@ -104,7 +109,7 @@ def _start(
     from . import processes
 
     # torch's random state decides the seed of a run that is given none.
-    call = _Call(verb, model, data, settings, more, torch.get_rng_state())
+    call = _Call(verb, model, data, settings, more, torch.get_rng_state(), errors.caller())
     return processes.start(
         _work,
         call,
@@ -115,26 +120,38 @@ def _start(
     )
 
 
-def _work(call: _Call, folder: Path) -> Any:
-    """In a started process: the verb; what rank 0 returns is sent back."""
+def _work(call: _Call, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """In a started process: the verb; what rank 0 returns is sent back, with the states of what the verb was given."""
+    from . import preparing
+
+    errors.start_at(call.line)
+    torch.set_rng_state(call.generator)
+    settings = replace(call.settings, devices="auto")  # they are chosen already
+    with preparing.again() as plans:
+        result = call.verb(call.model, call.data, settings=settings, **call.more)
+        if isinstance(result, Iterator):
+            result = list(result)
+    if isinstance(result, Run):
+        _save(call.model, settings, folder)
+    if joined.rank() > 0:
+        return None, {}
+    if isinstance(result, Run):
+        result = {name: getattr(result, name) for name in _TOLD}
+    return result, _states(plans[0], settings, folder)
+
+
+def _save(model: nn.Module, settings: Settings, folder: Path) -> None:
+    """Write the trained weights for the caller; every process calls it."""
     from . import checkpoint
     from .checkpoint import dealt
 
-    torch.set_rng_state(call.generator)
-    settings = replace(call.settings, devices="auto")  # they are chosen already
-    with group.opened(launch.kind_of(settings), settings.process_timeout) as processes:
-        result = call.verb(call.model, call.data, settings=settings, **call.more)
-        if isinstance(result, Iterator):
-            return list(result)
-        if not isinstance(result, Run):
-            return result
-        trained = checkpoint.State(model=call.model.state_dict())
-        if strategies.name_of(settings) == "fsdp":
+    trained = checkpoint.State(model=model.state_dict())
+    if strategies.name_of(settings) == "fsdp":
+        with group.opened(launch.kind_of(settings), settings.process_timeout, keep=True) as processes:
             dealt.deal(trained, {}, processes)
             processes.every(lambda: dealt.save(folder, _TRAINED, trained, processes))
-        elif result.is_main:
-            checkpoint.save(folder, _TRAINED, trained)
-    return {name: getattr(result, name) for name in _TOLD}
+    elif joined.rank() == 0:
+        checkpoint.save(folder, _TRAINED, trained)
 
 
 def _take_over(plan: Plan, model: nn.Module, settings: Settings, path: Path) -> None:
@@ -151,3 +168,46 @@ def _take_over(plan: Plan, model: nn.Module, settings: Settings, path: Path) -> 
     if settings.precision in launch.TRUE:
         model.to(launch.TRUE[settings.precision])
     checkpoint.load_weights(model, path)
+
+
+# ---- states ----------------------------------------------------------------------------------------------------------
+
+
+def _states(plan: Plan, settings: Settings, folder: Path) -> dict[str, Any]:
+    """On rank 0 after the verb: the states to send, by name."""
+    from . import packing
+
+    found: dict[str, Any] = {}
+    for name, thing in _with_state(plan, settings):
+        state = thing.state_dict()
+        try:
+            packing.pack(state, folder / "state")
+        except LaunchError as error:  # a state is not worth the result of the run
+            warn(f"the state of {type(thing).__name__} cannot be sent back: {error.__cause__}")
+        else:
+            found[name] = state
+    return found
+
+
+def _put_back(plan: Plan, settings: Settings, states: dict[str, Any]) -> None:
+    """Load the states into the caller's objects: they are as after a verb in this process."""
+    from . import seeds
+
+    with seeds.preserved():
+        for name, thing in _with_state(plan, settings):
+            if name in states:
+                goes_on = getattr(thing, _GOES_ON, None)
+                thing.load_state_dict(states[name])
+                if isinstance(goes_on, bool):
+                    setattr(thing, _GOES_ON, goes_on and plan.verb != "fit")
+
+
+def _with_state(plan: Plan, settings: Settings) -> Iterator[tuple[str, Any]]:
+    """What has a state that the verb changes, by a name that both sides know."""
+    from . import state
+
+    yield from state.with_state(plan)
+    if (data := state.data_object(plan)) is not None:
+        yield _DATA, data
+    if isinstance(settings.checkpoint, ModelCheckpoint) and plan.verb == "fit":
+        yield POLICY, settings.checkpoint

@@ -7,11 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from .errors import warn
+from . import child
+from .errors import LaunchError, lost, warn
 from .loggers.masking import mask_text
 from .run import Run
 
 NAME: Final = "end.json"
+#: The note for the process that started this one: the directory of the run that has ended.
+_NOTE: Final = "ended"
 _LONGEST: Final = 2000  # characters of an error's message
 
 
@@ -38,7 +41,29 @@ def write(run: Run, status: str, error: BaseException | None) -> None:
         "epoch": run.epoch,
         "step": run.global_step,
     }
-    target, sibling = run.dir / NAME, run.dir / f"{NAME}.new"
+    _put(run.dir, found)
+    child.note(_NOTE, str(run.dir))
+
+
+def correct(folder: Path, error: BaseException) -> None:
+    """In the process that started the run: name what ended it, where rank 0 only saw that another process is gone."""
+    cause = error if isinstance(error, LaunchError) else error.__cause__
+    note = folder / _NOTE
+    if not isinstance(cause, LaunchError) or not cause.rank or not note.exists():
+        return
+    directory = Path(note.read_text())
+    told = read(directory)
+    if told is None or told.get("status") == "finished":
+        return
+    lines = str(cause).splitlines()[-2:]  # of a traceback the error itself, and then its rank
+    last = LaunchError(" ".join(lines) if lines[-1].startswith("(on rank ") else lines[-1])
+    message = _message(last) if error is cause else f"{_message(error)} (on rank {cause.rank})"
+    stated = {"status": "failed", "stop_reason": None, "error": {"class": _class(error), "message": message}}
+    _put(directory, told | stated)
+
+
+def _put(directory: Path, found: dict[str, Any]) -> None:
+    target, sibling = directory / NAME, directory / f"{NAME}.new"
     try:
         with sibling.open("w", encoding="utf-8") as file:
             file.write(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
@@ -70,4 +95,6 @@ def _message(error: BaseException) -> str:
         text = mask_text(str(error))
     except Exception:  # a broken __str__ of the user's error must not hide the error itself
         return ""
+    if lost(text):
+        text = f"another process of the run has ended, which says why: {text}"
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"

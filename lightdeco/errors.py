@@ -17,10 +17,25 @@ import sys
 import warnings
 from collections.abc import Iterable
 from types import FrameType
-from typing import Final
+from typing import Final, NamedTuple
 
 #: Code that no warning points at: lightdeco, and contextlib, through which lightdeco calls itself.
 _PASSED: Final = (os.path.dirname(os.path.abspath(__file__)) + os.sep, contextlib.__file__)
+
+#: What torch says where the other end of a connection is gone, which explains nothing: the other process can.
+_GONE: Final = ("gloo/transport", "Connection was likely closed", "ncclRemoteError", "remote process exited")
+
+
+class Line(NamedTuple):
+    """Where a verb was called."""
+
+    file: str
+    number: int
+    module: str
+
+
+#: In a process that a verb started: the caller's line, at which what comes from no code of the user's points there.
+_started_at: Line | None = None
 
 
 class LightdecoError(Exception):
@@ -58,28 +73,74 @@ class CheckpointError(LightdecoError):
 
 
 class LaunchError(LightdecoError):
-    """The devices or processes asked for cannot be had on this machine."""
+    """The devices or processes asked for cannot be had on this machine, or one of them was killed or hangs.
+
+    `rank` is that of the process which failed first, where a verb had started several.
+    """
+
+    rank: int | None = None
 
 
 class LightdecoWarning(UserWarning):
     """The category of every warning of lightdeco."""
 
 
-def warn(message: str) -> None:
-    """Warn once per message and place, pointing at the line outside lightdeco from which it was called."""
-    # Verbs and loop lie between the warning and the user's call: the depth differs, so no stacklevel fits all.
-    place: FrameType = sys._getframe(1)
-    while place.f_back is not None and place.f_code.co_filename.startswith(_PASSED):
-        place = place.f_back
-    names = place.f_globals
+def rank() -> int:
+    """The rank of this process among all, from the variables that launchers set; 0 in a process on its own."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def warn(message: str, everywhere: bool = False) -> None:
+    """Warn once per message and place, pointing at the line outside lightdeco from which it was called.
+
+    Of several processes rank 0 warns for all; with `everywhere` each does, of something that is its own.
+    """
+    if not everywhere and rank() > 0:
+        return
+    frame = _outside()
+    line = _line(frame)
     warnings.warn_explicit(
         message,
         LightdecoWarning,
-        filename=place.f_code.co_filename,
-        lineno=place.f_lineno,
-        module=names.get("__name__", "<unknown>"),
-        registry=names.setdefault("__warningregistry__", {}),
+        filename=line.file,
+        lineno=line.number,
+        module=line.module,
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
     )
+
+
+def caller() -> Line:
+    """The line outside lightdeco from which it was called."""
+    return _line(_outside())
+
+
+def start_at(line: Line) -> None:
+    """In a started process: let warnings point at the caller's line, where no other code of the user's runs."""
+    global _started_at
+    _started_at = line
+
+
+def _outside() -> FrameType:
+    # Verbs and loop lie between the warning and the user's call: the depth differs, so no stacklevel fits all.
+    frame: FrameType = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PASSED):
+        frame = frame.f_back
+    return frame
+
+
+def _line(frame: FrameType) -> Line:
+    if frame.f_back is None and _started_at is not None:
+        return _started_at
+    return Line(frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__", "<unknown>"))
+
+
+def lost(text: object) -> bool:
+    """Whether an error says no more than that another process of the run is gone.
+
+    >>> lost(RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:45455"))
+    True
+    """
+    return any(words in str(text) for words in _GONE)
 
 
 def wrong_argument(function: str, name: str, value: object, allowed: str) -> SettingsError:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final, NamedTuple, ParamSpec, TypeVar
 
 from .errors import LaunchError
+from .errors import rank as rank
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -198,11 +199,6 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------
-
-
-def rank() -> int:
-    """The rank of this process among all, from the variables that launchers set; 0 in a process on its own."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 def rank_zero_only(function: Callable[P, R]) -> Callable[P, R | None]:

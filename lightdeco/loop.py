@@ -187,9 +187,10 @@ def _evaluation(
     plan, given = prepare(verb, model, data, resolved)
     writes = bool(overrides.get("logger"))  # an evaluation writes files only when it is asked to, in this very call
     if (processes := launch.count(resolved, plan)) > 1:
-        return elsewhere.evaluate(
-            validate if verb == "validate" else test, model, data, weights, resolved, processes, writes
+        values: dict[str, float] = elsewhere.evaluate(
+            validate if verb == "validate" else test, plan, data, weights, resolved, processes, writes
         )
+        return values
     with opened(plan, given, resolved, writes, weights) as s, s.process.entered(), active(s.run):
         return _evaluate(s, "val" if verb == "validate" else "test")
 
@@ -212,7 +213,7 @@ def predict(
     warn_without_effect("predict", overrides)
     plan, given = prepare("predict", model, data, resolved)
     if (processes := launch.count(resolved, plan)) > 1:
-        return iter(elsewhere.predict(predict, model, data, weights, resolved, processes))
+        return iter(elsewhere.evaluate(predict, plan, data, weights, resolved, processes))
     return _predict(plan, given, resolved, weights)
 
 
@@ -415,7 +416,7 @@ def _evaluate(s: Session, stage: str, sanity: bool = False) -> dict[str, float]:
 def _evaluate_batch(s: Session, stage: str, batch: Any, batch_idx: int, index: int) -> Any:
     """One batch of validation, test or prediction; returns what the step returned."""
     run, call, event, role = s.run, s.call, f"on_{_EVENT[stage]}", STAGE_STEP[stage]
-    run.batch, run.batch_idx = batch, batch_idx
+    run.batch, run.batch_idx, run.place = batch, batch_idx, (index << 32) + batch_idx
     beat(run.global_step, _EVENT[stage])
     seed = seeds.eval_seed(run.seed, index, batch_idx * run.world_size + run.rank)
     with no_grad(s.inference, run.device):

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import metric_objects, xla
 from .errors import StepError
 from .group import Group
-from .scalars import FOLD, check
+from .scalars import FOLD, check, fold
 from .steps import is_metric, is_scalar
 
 Scope = Literal["window", "epoch"]
@@ -117,11 +117,11 @@ class Series:
                 values, weights = [values[i] for i in good], [weights[i] for i in good]
         if not values:
             return
-        fold, amounts = FOLD[self.reduce], list(map(mul, values, weights)) if self.reduce == "mean" else values
+        by, amounts = FOLD[self.reduce], list(map(mul, values, weights)) if self.reduce == "mean" else values
         for scope in ("window", "epoch"):
             old, weight = self._totals.get(scope, (None, 0))
-            total = reduce(fold, amounts) if old is None else reduce(fold, amounts, old)
-            self._totals[scope] = total, reduce(add, weights, weight)
+            total = reduce(by, amounts) if old is None else reduce(by, amounts, old)
+            self._totals[scope] = total, weights[-1] if self.reduce == "last" else reduce(add, weights, weight)
 
     def take(self, scope: Scope) -> Total | None:
         """How it is reduced, the total since the last take of this scope and its weight; begin anew."""
@@ -158,7 +158,7 @@ def _merged(everywhere: Sequence[Mapping[str, Total]]) -> dict[str, float]:
     merged: dict[str, Total] = {}
     for name, (how, total, weight) in (item for totals in everywhere for item in totals.items()):
         old = merged.get(name)
-        merged[name] = (how, total, weight) if old is None else (how, FOLD[how](old[1], total), old[2] + weight)
+        merged[name] = (how, total, weight) if old is None else (how, *fold(how, old[1:], (total, weight)))
     return {name: _value(*total) for name, total in merged.items()}
 
 

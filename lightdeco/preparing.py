@@ -1,12 +1,14 @@
 """From the arguments of a verb to its plan: what can be checked without running anything."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 from torch import nn
 
 from .data import split
-from .errors import DataError, MarkError, warn
+from .errors import DataError, LightdecoWarning, MarkError, warn
 from .plan import Plan, discover, is_marked
 from .roles import STAGE_LOADER, VERB_STAGE
 from .settings import Settings
@@ -35,6 +37,9 @@ _FIT_ONLY: Final = frozenset(
     }
 )
 
+#: Takes the next plan, which was made and warned of before, in another process.
+_again: list[Plan] | None = None
+
 
 def without_effect(verb: str, overrides: Mapping[str, object]) -> list[str]:
     """The settings given to `validate`, `test` or `predict` that only another verb reads.
@@ -46,12 +51,33 @@ def without_effect(verb: str, overrides: Mapping[str, object]) -> list[str]:
     return [name for name in overrides if name in _FIT_ONLY | limits]
 
 
+@contextmanager
+def again() -> Iterator[list[Plan]]:
+    """In a started process: the next plan is the caller's, who had its warnings; it is put into the list."""
+    global _again
+    _again = plans = list[Plan]()
+    try:
+        yield plans
+    finally:
+        _again = None
+
+
 def prepare(verb: str, model: nn.Module, data: object, settings: Settings) -> tuple[Plan, dict[str, object]]:
     """The plan, and the loaders given for each stage; runs nothing of the user's but `configure_callbacks`.
 
     Raises:
         MarkError, SettingsError, DataError: whatever is wrong with marks, settings or the form of `data`.
     """
+    if _again is None or _again:  # in it already: this is a verb within the verb
+        return _prepare(verb, model, data, settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LightdecoWarning)
+        plan, given = _prepare(verb, model, data, settings)
+    _again.append(plan)
+    return plan, given
+
+
+def _prepare(verb: str, model: nn.Module, data: object, settings: Settings) -> tuple[Plan, dict[str, object]]:
     settings.check_for(verb)
     if settings.profiler is not None:
         from . import profilers

@@ -9,7 +9,7 @@ from torch import Tensor
 from .checkpoint import State
 from .errors import warn
 from .group import Group
-from .scalars import FOLD
+from .scalars import fold
 
 #: The corner of the checkpoint that holds a part for each process; not there where the run had one.
 RANKS: Final = "(ranks)"
@@ -70,8 +70,7 @@ def merged(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         totals = dict(found.get(name, {}).get("totals", {}))
         for scope, (total, weight) in state["totals"].items():
             old = totals.get(scope)
-            fold = FOLD[state["reduce"]]
-            totals[scope] = [total, weight] if old is None else [fold(old[0], total), old[1] + weight]
+            totals[scope] = [total, weight] if old is None else list(fold(state["reduce"], old, (total, weight)))
         found[name] = {**state, "totals": totals}
     return found
 

@@ -87,6 +87,7 @@ class Run:
         self.eval_loaders: tuple[str | None, ...] = (None,)
         #: Index of the present batch in its epoch and loader.
         self.batch_idx = 0
+        self.place = 0  # of the batch among all of the evaluation that runs now, as each process counts
         #: The latest values for the progress bar.
         self.prog_bar: dict[str, float] = {}
         self.optims: dict[str, Optim] = {}
@@ -242,7 +243,9 @@ class Run:
         if on_step and not training:
             warn(f"ld.log({name!r}, on_step=True) has no effect in a {self.stage} step: evaluations are recorded once")
         by_step = training and on_step is not False and not (on_step is None and is_metric(value))
-        weight = self.size_of_batch(batch_size) if reduce == "mean" and not is_metric(value) else 1
+        weight = self.progress.micro_batch if training else self.place  # by which the processes know the last value
+        if reduce == "mean":
+            weight = 1 if is_metric(value) else self.size_of_batch(batch_size)
         self.means.add(name, value, weight, reduce, by_step, on_epoch is not False)
 
     def _log_now(self, name: str, value: Any, reduce: str) -> None:

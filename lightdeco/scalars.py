@@ -20,6 +20,16 @@ FOLD: Final[dict[str, Callable[[float, float], float]]] = {
     "last": lambda a, b: b,
 }
 
+#: A total and its weight: that of a mean; for "last" the place of the value in the order of the batches.
+Part = tuple[float, float]
+
+
+def fold(how: str, old: Part, new: Part) -> Part:
+    """The parts of two processes as one, `new` of the higher rank."""
+    if how == "last":
+        return max(old, new, key=lambda part: part[1]) if old[1] != new[1] else new
+    return FOLD[how](old[0], new[0]), old[1] + new[1]
+
 
 def check(name: str, value: object, reduce: str) -> None:
     """Refuse what cannot be logged as a scalar.

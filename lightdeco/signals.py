@@ -14,6 +14,15 @@ ENDS: Final[dict[int, Callable[[], BaseException]]] = {
     signal.SIGINT: KeyboardInterrupt,
 }
 
+#: What a first Ctrl-C is answered with.
+STOPPING: Final = "stopping after this step; press Ctrl-C again to stop at once"
+_answers = 0
+
+
+def answers() -> int:
+    """How often this process has written `STOPPING` to its stderr, each time below the line of the cursor."""
+    return _answers
+
 
 class Signals:
     """SIGTERM and SIGINT: `received` is the first that came, or None.
@@ -57,8 +66,8 @@ class Signals:
             self.heard = number
             if not self.shared:
                 self.received = number
-            if number == signal.SIGINT:  # written past Python's buffers, which the handler may have interrupted
-                os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
+            if number == signal.SIGINT:
+                _answer()
         before = self._before[number]
         if again:
             raise KeyboardInterrupt
@@ -79,3 +88,9 @@ class Signals:
         """
         if self.received is not None:
             raise ENDS.get(self.received, lambda: SystemExit(128 + (self.received or 0)))()
+
+
+def _answer() -> None:
+    global _answers
+    os.write(2, f"\n{STOPPING}\n".encode())  # past Python's buffers, which the handler may have interrupted
+    _answers += 1

@@ -13,7 +13,7 @@ from .checkpoint.dealt import deal
 from .counted import counted, metric_modules, set_counted
 from .dtensor import reshard
 from .errors import CheckpointError, warn
-from .plan import Hook
+from .plan import Hook, Plan
 from .seeds import random_state, set_random_state
 from .session import Session
 
@@ -40,7 +40,7 @@ def collect(s: Session, metrics: Mapping[str, Any] | None = None) -> State:
         optimizers={name: optim.optimizer.state_dict() for name, optim in run.optims.items()},
         scaler={name: scaler.state_dict() for name, scaler in s.scalers.items()} or None,
         schedulers={n: optim.scheduler.state_dict() for n, optim in run.optims.items() if optim.scheduler is not None},
-        callbacks={key: thing.state_dict() for key, thing in _with_state(s)},
+        callbacks={key: thing.state_dict() for key, thing in with_state(s.plan)},
         data=_data(s),
         progress=asdict(run.progress) | _position(s),
         metrics={"latest": run.metrics} | _without_unkept(s, metrics or collect_metrics(s)),
@@ -79,7 +79,7 @@ def restore(s: Session, state: State) -> None:
     for name, scaler in s.scalers.items():
         if state.scaler is not None and name in state.scaler:
             scaler.load_state_dict(state.scaler[name])
-    things = dict(_with_state(s))
+    things = dict(with_state(s.plan))
     for key in [key for key in state.callbacks if key not in things and key != POLICY]:
         warn(f"the checkpoint holds a state of the callback {key}, which this run does not have; it is left out")
     for key, thing in things.items():
@@ -118,13 +118,13 @@ def _position(s: Session) -> dict[str, Any]:
     }
 
 
-def _owners(s: Session) -> dict[int, str]:
+def _owners(plan: Plan) -> dict[int, str]:
     """A name for each object with marks, by its id: "model", "data", or the class of a callback and its number."""
     named: dict[int, str] = {}
     counts: dict[str, int] = {}
-    for thing in s.plan.owners:
-        if thing is s.plan.model or thing is s.plan.data:
-            named[id(thing)] = "model" if thing is s.plan.model else "data"
+    for thing in plan.owners:
+        if thing is plan.model or thing is plan.data:
+            named[id(thing)] = "model" if thing is plan.model else "data"
             continue
         kind = type(thing).__qualname__
         counts[kind] = counts.get(kind, 0) + 1
@@ -133,14 +133,14 @@ def _owners(s: Session) -> dict[int, str]:
 
 
 def _named(s: Session, event: str) -> Iterator[tuple[str, Hook]]:
-    owners = _owners(s)
+    owners = _owners(s.plan)
     return ((owners[id(hook.owner)], hook) for hook in s.plan.all(event))
 
 
-def _with_state(s: Session) -> Iterator[tuple[str, Any]]:
+def with_state(plan: Plan) -> Iterator[tuple[str, Any]]:
     """The callbacks that have a state, by name."""
-    owners = _owners(s)
-    for thing in s.plan.owners:
+    owners = _owners(plan)
+    for thing in plan.owners:
         if owners[id(thing)] not in ("model", "data") and _has_state(thing):
             yield owners[id(thing)], thing
 
@@ -197,15 +197,15 @@ def _other(what: str, before: object, now: object) -> CheckpointError:
 def _data(s: Session) -> dict[str, Any]:
     """The data object's own state, and what the order of the batches depends on besides the position."""
     (loader,) = s.loaders["train"]
-    thing = _data_object(s)
+    thing = data_object(s.plan)
     own = thing.state_dict() if thing is not None else None
     sizes = list(loader.batch_sizes)
     return {"own": own, "length": loader.length, "batch_sizes": sizes, "stream_workers": loader.stream_workers}
 
 
-def _data_object(s: Session) -> Any:
+def data_object(plan: Plan) -> Any:
     """The data object, if it has a state of its own."""
-    return s.plan.data if s.plan.data is not s.plan.model and _has_state(s.plan.data) else None
+    return plan.data if plan.data is not plan.model and _has_state(plan.data) else None
 
 
 def _compare_data(s: Session, data: Mapping[str, Any]) -> None:
@@ -235,7 +235,7 @@ def _compare_data(s: Session, data: Mapping[str, Any]) -> None:
 
 def restore_data(s: Session, state: State) -> None:
     """Give the data object its own state back, before it is asked for loaders."""
-    thing = _data_object(s)
+    thing = data_object(s.plan)
     if state.data["own"] is not None and thing is not None:
         thing.load_state_dict(state.data["own"])
 

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, Final, NoReturn
 
 from .child import SLOT
-from .errors import LaunchError
+from .errors import LaunchError, lost
 
 #: How often the parent looks.
 _POLL_S: Final = 0.05
@@ -144,7 +144,7 @@ def watch(ranks: Sequence[Rank], folder: Path, timeout_s: float, forwarding: For
         end(ranks, 0.0 if forwarding.now else _GRACE_S)
     else:
         end(ranks, _EXIT_S, ask=False)
-    first = min(failed, key=lambda ending: ending.when, default=None)
+    first = min(failed, key=lambda ending: (lost(ending.last), ending.when), default=None)
     if first is None or first.stop:
         forwarding.raise_stop()
     if first is not None:
@@ -213,19 +213,22 @@ def _silent(rank: Rank, folder: Path, name: str, code: int, stop: int | None) ->
 
 
 def _raise(first: Ending, ranks: Sequence[Rank]) -> NoReturn:
-    """Raise a failure; the text names the other ranks' failures before it, and ends with it."""
+    """Raise a failure; the text names the other ranks' failures before it, but for those that it caused."""
     failed = [rank.ending for rank in ranks if rank.ending is not None and not rank.ending.ok]
-    parts = [ending.last for ending in sorted(failed, key=lambda ending: -ending.when) if ending is not first]
-    for rank in ranks:
-        if rank.ending is first and (wrote := "".join(rank.tail).strip()):
-            parts.append(f"rank {rank.number} wrote last:\n{wrote}")
+    others = [ending for ending in failed if ending is not first and not lost(ending.last)]
+    parts = [ending.last for ending in sorted(others, key=lambda ending: -ending.when)]
+    (culprit,) = (rank for rank in ranks if rank.ending is first)
+    if wrote := "".join(culprit.tail).strip():
+        parts.append(f"rank {culprit.number} wrote last:\n{wrote}")
     text = "\n\n".join([*parts, first.text])
+    whole = LaunchError(text if first.error is None else f"in the processes that were started:\n\n{text}")
+    whole.rank = culprit.number
     if first.error is None:
-        raise LaunchError(text)
+        raise whole
     note = getattr(first.error, "add_note", None)  # Python 3.11
     if note is not None:
         note(first.text.rpartition("\n")[2])
-    raise first.error from LaunchError(f"in the processes that were started:\n\n{text}")
+    raise first.error from whole
 
 
 # ---- heartbeats ------------------------------------------------------------------------------------------------------

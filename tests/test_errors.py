@@ -69,6 +69,14 @@ class Predicting(Misspelt):
         return self(batch).detach()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """Run once before: what the first run imports makes Python forget which warnings it has shown."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        unused()
+
+
 @pytest.mark.parametrize(
     ("act", "said", "line"),
     [

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from time import perf_counter
 from typing import TYPE_CHECKING, ClassVar
 
-from lightdeco.errors import SettingsError
+from lightdeco.errors import SettingsError, lost
 from lightdeco.marks import (
     on_exception,
     on_fit_end,
@@ -131,7 +131,8 @@ class ProgressBar:
         self._evaluation = ""
         self._evaluating_s += seconds
         if not self._in_fit:
-            done = f"{_TITLES.get(run.stage, run.stage)} finished: {_count(self._evaluated, 'batch', 'batches')}"
+            where = f" on rank 0 of {run.world_size}" if run.world_size > 1 else ""
+            done = f"{_TITLES.get(run.stage, run.stage)} finished: {_count(self._evaluated, 'batch', 'batches')}{where}"
             last = f"{done} in {_duration(seconds)}{_files(run)}"
             self._close("  ".join([last, *_facts(run.metrics)]))
 
@@ -140,7 +141,8 @@ class ProgressBar:
     @on_exception
     def _fail(self, run: "Run", exception: BaseException) -> None:
         how = "failed" if isinstance(exception, Exception) else "interrupted"
-        self._close(f"{how}: {type(exception).__name__} in {self._place(run)}{_files(run)}")
+        what = "another process of the run has ended," if lost(exception) else type(exception).__name__
+        self._close(f"{how}: {what} in {self._place(run)}{_files(run)}")
 
     # A generator of `predict` that is left half-way.
     @teardown
@@ -149,16 +151,17 @@ class ProgressBar:
 
     def _place(self, run: "Run") -> str:
         """Where the run is, for a person."""
+        epoch = " ".join(_epoch(run).split())
         evaluation = f"{self._evaluation} after {_of(self._evaluated, run.num_eval_batches)}"
         if not self._in_fit:
             return evaluation
         if self._epoch_started is None:
             return evaluation if self._evaluation else "the start of fit"
         training, step = (
-            f"{_epoch(run)} after {_of(run.progress.batch, run.num_train_batches)}",
+            f"{epoch} after {_of(run.progress.batch, run.num_train_batches)}",
             f"step {run.global_step:,}",
         )
-        return f"{evaluation} ({_epoch(run)}, {step})" if self._evaluation else f"{training}, {step}"
+        return f"{evaluation} ({epoch}, {step})" if self._evaluation else f"{training}, {step}"
 
     # ---- drawing -----------------------------------------------------------------------------------------------------
 

@@ -5,9 +5,12 @@ is made narrower, wraps what the user prints, and sends stderr to stdout even wh
 """
 
 import mmap
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
+
+from lightdeco import signals
 
 from .progress_layout import Bar, drawing
 
@@ -25,6 +28,7 @@ class Terminal:
         self._file = sys.stdout
         self._console = Console(file=self._file)
         self._drawn = _Drawn()
+        self._answers = signals.answers()
         self._stdout = sys.stdout = _Above(self, sys.stdout)
         # A stderr that is not the terminal stays what it is.
         self._stderr = _Above(self, sys.stderr) if sys.stderr.isatty() else None
@@ -78,9 +82,14 @@ class Terminal:
 
     def _erase(self) -> str:
         # Most terminals wrap what is on the screen anew when they get narrower: a line then takes several rows.
-        columns = self._console.width
-        rows = sum(max(1, -(-width // columns)) for width in self._drawn.get()[1])
-        return f"\x1b[{rows}A\r\x1b[J" if rows else ""
+        widths, answered = self._drawn.get()[1], signals.answers() - self._answers
+        self._answers += answered
+        again = ""
+        if answered and widths and os.isatty(2):  # written below the bars, and below the ^C of the terminal
+            widths = [*widths, *[len("^C"), len(signals.STOPPING)] * answered]
+            again = f"{signals.STOPPING}\n" * answered
+        rows = sum(max(1, -(-width // self._console.width)) for width in widths)
+        return f"\x1b[{rows}A\r\x1b[J{again}" if rows else ""
 
     def _send(self, text: str) -> None:
         encoding = self._file.encoding or "utf-8"

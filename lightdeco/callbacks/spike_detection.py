@@ -226,7 +226,7 @@ class SpikeDetection:
         text = (
             f"{self.monitor} was {first.value:.6g} at step {first.step}, and {first.mean:.3g} ± {first.std:.3g} before"
         )
-        warn(f"a spike: {text}{more}")
+        warn(f"a spike: {text}{more}", everywhere=True)
         if self.action == "stop" and run.stop_reason is None:  # somebody else may have asked, or training be over
             run.should_stop, run.stop_reason = True, text
 

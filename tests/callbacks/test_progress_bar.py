@@ -127,6 +127,14 @@ def test_an_evaluation_alone_is_one_line(capsys: pytest.CaptureFixture[str]) -> 
     assert re.fullmatch(r"test finished: 3 batches in 0\.\d s  test/loss 0\.25\n", capsys.readouterr().out)
 
 
+def test_an_evaluation_on_several_processes_counts_its_share(capsys: pytest.CaptureFixture[str]) -> None:
+    """The batches are those of the main process, and the last line says so."""
+    run = FakeRun()
+    run.world_size = 2
+    fake_evaluation(ProgressBar(), run, "predict", 3)
+    assert capsys.readouterr().out.startswith("predict finished: 3 batches on rank 0 of 2 in ")
+
+
 def test_bars_on_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
     """The bars show epoch, batches, rate, time left, values and evaluation; at the end only the last lines are left."""
     terminal.install()
@@ -375,6 +383,11 @@ def test_where_a_run_failed(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
         == f"failed: ValueError in epoch 2/3 after 2 of 5 batches, step 7; files in {tmp_path}"
     )
     assert fail_at(7, KeyboardInterrupt()).startswith("interrupted: KeyboardInterrupt in epoch 2/3")
+    gone = RuntimeError("[/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:45455")
+    assert fail_at(7, gone).startswith("failed: another process of the run has ended, in epoch 2/3")
+    run.max_epochs = 10
+    assert fail_at(7, ValueError("x")).startswith("failed: ValueError in epoch 2/10")
+    run.max_epochs = 3
     wanted = "failed: KeyError in validate after 0 batches (epoch 2/3, step 10); files in "
     assert fail_at(10, KeyError("x")).startswith(wanted)
 

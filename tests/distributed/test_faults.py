@@ -96,18 +96,27 @@ def _fails(how: str, folder: Path, **given: Any) -> tuple[BaseException, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["raises", "is killed", "exits"])
-def test_a_rank_that_fails_ends_the_run(how: str, tmp_path: Path) -> None:
-    """Within 5 s, with the first error last and its rank named; the caller's model is as it was."""
-    error, seconds = _fails(how, tmp_path)
+def test_a_rank_that_fails_ends_the_run(how: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Within 5 s, with its cause and rank, and not with what it caused elsewhere; the caller's model is as it was."""
+    error, seconds = _fails(how, tmp_path, progress_bar=True)
     assert seconds < 5
     text = str(error.__cause__ if how == "raises" else error)
+    told = json.loads((tmp_path / "run" / "end.json").read_text())
+    assert told["status"] == "failed"
     if how == "raises":
         assert type(error) is ValueError
         assert text.endswith("ValueError: no good\n(on rank 1 of 2)")
+        assert told["error"] == {"class": "ValueError", "message": "no good (on rank 1)"}
     else:
         assert type(error) is LaunchError
         what = "was killed by SIGKILL" if how == "is killed" else "called sys.exit(0) before the end"
         assert f"rank 1 of 2 {what}" in text.splitlines()[-1]
+        assert told["error"] == {"class": "lightdeco.errors.LaunchError", "message": text.splitlines()[-1]}
+    written = capfd.readouterr()
+    for where in (text, written.out, written.err):
+        assert "gloo" not in where, where
+        assert "RuntimeError" not in where, where
+    assert "failed: another process of the run has ended, in epoch" in written.out
 
 
 @pytest.mark.slow
@@ -181,3 +190,97 @@ def test_torchrun_gives_the_same_as_devices(tmp_path: Path) -> None:
         assert all(torch.equal(value, other[0][name]) for name, value in first[0].items())
         assert other[1] == first[1]
         assert other[2:] == first[2:]
+
+
+ENDLESS = """
+    import os, sys
+    from pathlib import Path
+    import lightdeco as ld
+    from tests.models import QUIET, Net, batches
+
+    class Telling(Net):
+        @ld.on_train_batch_end
+        def tell(self, run):
+            if run.global_step == 3:
+                Path(f"part-{run.rank}").write_text(str(os.getpid()))
+                Path(f"part-{run.rank}").rename(f"pid-{run.rank}")
+
+    if __name__ == "__main__":
+        settings = QUIET | {"progress_bar": True, "devices": 2, "accelerator": "cpu"}
+        ld.fit(Telling(), (batches(7), batches(3)), max_epochs=10**6, name="run", **settings)
+"""
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and is not waited for yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_to_the_process_that_called_fit(number: int, tmp_path: Path) -> None:
+    """To it alone: the run is saved and the script ends as it does on one process; killed, it leaves no process."""
+    (tmp_path / "script.py").write_text(dedent(ENDLESS))
+    process = subprocess.Popen(
+        [sys.executable, "script.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        limit = time.monotonic() + 60
+        while len(pids := [int(path.read_text()) for path in tmp_path.glob("pid-*")]) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=5)  # which waits for every process that holds its output
+    finally:
+        process.kill()
+    limit = time.monotonic() + 5
+    while any(map(_alive, pids)) and time.monotonic() < limit:
+        time.sleep(0.02)
+    assert not any(map(_alive, pids))
+    run = tmp_path / "runs" / "run"
+    if number == signal.SIGKILL:
+        assert not (run / "end.json").exists()
+        return
+    assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: -signal.SIGINT}[number], err
+    (saved,) = (run / "checkpoints").glob("step=*")
+    end = json.loads((run / "end.json").read_text())
+    assert end["status"] == "interrupted"
+    assert saved.name == f"step={end['step']:08d}"
+    kind = {signal.SIGTERM: "SystemExit", signal.SIGINT: "KeyboardInterrupt"}[number]
+    assert end["error"]["class"] == kind
+    assert out.count(f"interrupted: {kind} in epoch") == 1
+    if number == signal.SIGTERM:
+        assert err == ""
+    else:
+        assert err.count("stopping after this step") == 1
+        assert err.splitlines()[-1] == "KeyboardInterrupt"
+
+
+@pytest.mark.slow
+def test_a_rank_of_torchrun_that_is_killed(tmp_path: Path) -> None:
+    """Nobody can tell rank 0 the cause there: `end.json` says that another process has ended, which is to be asked."""
+    (tmp_path / "script.py").write_text(dedent(ENDLESS))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        limit = time.monotonic() + 60
+        while not (tmp_path / "pid-1").exists():
+            assert process.poll() is None
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGKILL)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    end = json.loads((tmp_path / "runs" / "run" / "end.json").read_text())
+    assert end["status"] == "failed"
+    assert end["error"]["message"].startswith("another process of the run has ended, which says why: ")
+    assert "failed: another process of the run has ended, in" in out

@@ -258,6 +258,42 @@ def test_bit_equal_to_a_loop_with_ddp_and_one_all_reduce_per_update() -> None:
     assert counts == [1] * 12 + [0, 0, 1, 0, 0, 1]
 
 
+class Stops:
+    """Asks to end the run, on some ranks, in the third batch or in the first validation."""
+
+    def __init__(self, ranks: tuple[int, ...], event: str) -> None:
+        self.ranks, self.event = ranks, event
+
+    @ld.on_train_batch_end
+    def batch(self, run: ld.Run) -> None:
+        if self.event == "batch" and run.global_step == 3 and run.rank in self.ranks:
+            run.should_stop = True
+
+    @ld.on_validation_end
+    def validation(self, run: ld.Run) -> None:
+        if self.event == "validation" and run.stage != "sanity" and run.rank in self.ranks:
+            run.should_stop = True
+
+
+def stop(_: None, folder: Path) -> list[tuple[int, str | None]]:
+    """At which step a run ended, and why: asked to by both ranks or one, in a batch or in a validation."""
+    found = []
+    for event, ranks in itertools.product(("batch", "validation"), ((0, 1), (1,))):
+        run = ld.fit(
+            Net(), (loader(8), loader(8)), max_epochs=2, val_check_interval=4, callbacks=Stops(ranks, event),
+            checkpoint=False, **QUIET,
+        )  # fmt: skip
+        found.append((run.global_step, run.stop_reason))
+    return found
+
+
+def test_a_wish_to_stop_is_heard_with_the_next_update() -> None:
+    """In a batch one update later than on one process, since it travels with gradients; in a validation at once."""
+    assert start(stop, None, 2) == [(4, "should_stop")] * 4
+    settings: Any = {"max_epochs": 2, "checkpoint": False} | QUIET
+    assert ld.fit(Net(), loader(8), callbacks=Stops((0,), "batch"), **settings).global_step == 3
+
+
 # ---- started by a verb -----------------------------------------------------------------------------------------------
 
 
