@@ -22,6 +22,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightdeco as ld
+from lightdeco import scaling
 from lightdeco.checkpoint import files, verify
 from lightdeco.checkpoint.describe import describe
 from lightdeco.dtensor import is_sharded, local, whole
@@ -194,6 +195,42 @@ def test_a_cut_model_is_trained_as_a_whole_one(compared: Any, name: str) -> None
 def test_the_case_with_bad_losses_left_some_out(compared: Any) -> None:
     """One update of each epoch, on both processes and with both strategies."""
     assert [result[-1] for found in compared for result in found["skipped"]] == [2, 2, 2, 2]
+
+
+class Row(Net):
+    """The gradient of one row alone overflows in the third batch; that row is a part of rank 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(8, 3)  # type: ignore[assignment]
+
+    @ld.training_step
+    def step(self, batch: Any, batch_idx: int) -> Any:
+        logits = self.body(batch[0])
+        if batch_idx == 2:
+            logits.register_hook(lambda grad: grad * torch.tensor([1.0, 1.0, float("inf")]))
+        return F.cross_entropy(logits, batch[1])
+
+
+def scaled() -> Any:
+    """By both strategies, with a real scaler (which works on the CPU too): weights, updates, updates left out."""
+    scaling.wanted = lambda precision: True
+    torch.distributed.init_process_group("gloo")
+    found = []
+    for strategy in ("ddp", "fsdp"):
+        torch.manual_seed(1)
+        model = Row()
+        run = ld.fit(model, loader(8), max_epochs=1, strategy=strategy, checkpoint=False, **QUIET)
+        found.append([weights(model), run.global_step, run.progress.skipped_updates])
+    return found
+
+
+def test_what_overflows_in_one_part_is_left_out_by_all() -> None:
+    """fp16's scaler agrees among the processes, as it does with gradients that all have."""
+    zero, one = together(scaled)
+    assert zero == one
+    assert zero[0] == zero[1]
+    assert zero[1][1:] == [5, 1]
 
 
 # ---- what each process holds -----------------------------------------------------------------------------------------
