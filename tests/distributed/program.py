@@ -42,11 +42,14 @@ def together() -> list[dict[str, Any]]:
     return found
 
 
-def train() -> dict[str, Any]:
+def train(name: str, strategy: str) -> dict[str, Any]:
     """A run with validation and checkpoints, in the present directory: its metrics and the sum of its weights."""
     model, data = Net(dropout=0.0), batches(6)
-    run = ld.fit(model, (data, data), max_epochs=2, seed=1, num_nodes=2, name="run", **QUIET)
-    total = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
+    run = ld.fit(model, (data, data), max_epochs=2, seed=1, num_nodes=2, name=name, strategy=strategy, **QUIET)
+    reference = Net(dropout=0.0)
+    assert run.last_checkpoint is not None
+    ld.load_weights(reference, run.last_checkpoint)
+    total = sum(float(p.detach().double().abs().sum()) for p in reference.parameters())
     return {"metrics": run.metrics, "steps": run.global_step, "weights": total, "world_size": run.world_size}
 
 
@@ -54,8 +57,9 @@ def main(output: str) -> None:
     """Write what came out as JSON; the last line is there only when all went well."""
     found = together()
     os.chdir(Path(output).parent)
-    run = train()
-    Path(output).write_text(json.dumps({"results": found, "address": os.environ["MASTER_ADDR"], "run": run}))
+    run, cut = train("run", "ddp"), train("cut", "fsdp")
+    address = os.environ["MASTER_ADDR"]
+    Path(output).write_text(json.dumps({"results": found, "address": address, "run": run, "cut": cut}))
 
 
 if __name__ == "__main__":

@@ -91,8 +91,12 @@ def test_two_machines_work_together(machines: list[str], tmp_path: Path) -> None
         found = json.loads((tmp_path / f"rank-{rank}.json").read_text())
         assert found["results"] == [expected(rank, local_rank=0)] * 2
         assert found["address"] == ADDRESSES[0]
-    runs = [json.loads((tmp_path / f"rank-{rank}.json").read_text())["run"] for rank in range(2)]
+    every = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    runs = [each["run"] for each in every]
     assert runs[0] == runs[1]
+    assert every[0]["cut"] == every[1]["cut"]
+    assert every[0]["cut"]["weights"] == pytest.approx(runs[0]["weights"], rel=1e-6)
+    assert every[0]["cut"]["metrics"]["val/loss"] == pytest.approx(runs[0]["metrics"]["val/loss"], rel=1e-6)
     assert (runs[0]["world_size"], runs[0]["steps"]) == (2, 6)
     alone, data = Net(dropout=0.0), batches(6)
     pairs = [tuple(map(torch.cat, zip(*data[i : i + 2], strict=True))) for i in range(0, 6, 2)]
