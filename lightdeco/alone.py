@@ -62,10 +62,6 @@ class Alone:
         """The least of the lengths; None where a process does not know its own."""
         return length
 
-    def earliest(self, bad: Bad | None) -> Bad | None:
-        """The first loss that was not finite, of any process."""
-        return bad
-
     def together(self, batches: Any) -> Any:
         """The batches, as long as every process has one."""
         return batches

@@ -357,8 +357,9 @@ def _save_at_the_end(s: Session) -> None:
 
 
 def _record_window(s: Session) -> None:
-    s.refuse_nan()
-    s.run.record("train", s.run.means.window())
+    values, bad = s.run.means.window_and(s.bad())
+    s.refuse(bad)
+    s.run.record("train", values)
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------

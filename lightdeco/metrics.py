@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import reduce
 from itertools import islice
 from operator import add, mul
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from .scalars import FOLD, check, fold
 from .steps import is_metric, is_scalar
 
 Scope = Literal["window", "epoch"]
+T = TypeVar("T")
 
 #: How it is reduced, the total, and its weight.
 Total = tuple[str, float, float]
@@ -220,9 +221,14 @@ class Means:
 
     def window(self) -> dict[str, float]:
         """The means since the last call, of what is recorded by step. Waits for the device once."""
+        return self.window_and(None)[0]
+
+    def window_and(self, note: T) -> tuple[dict[str, float], list[T]]:
+        """`window`, and what each process says beside it, in one message."""
         self.settle()
         taken = {name: s.take("window") for name, s in self.series.items() if s.on_step}
-        return _merged(self._group.gather(_present(taken)))
+        everywhere = self._group.gather((_present(taken), note))
+        return _merged([totals for totals, _ in everywhere]), [each for _, each in everywhere]
 
     def epoch(self, suffix: str = "") -> dict[str, float]:
         """The means since the last call, of what is recorded by epoch; torchmetrics objects are computed and reset.

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from . import unused
-from .alone import Alone, Bad
+from .alone import Alone
 from .ballot import FACTOR, LOSS, NO_SIGNALS, SECONDS, SIGNALS, SIZE, STOP, Cast, SharedSteps, refuse_weightless
 from .child import beat
 from .data import batch_size_of
@@ -222,15 +222,6 @@ class Peers(Alone):
         """One gathering, before training."""
         known = [each for each in self.group.gather(length) if each is not None]
         return min(known) if len(known) == self.size else None
-
-    def earliest(self, bad: Bad | None) -> Bad | None:
-        """One small all-reduce, and a gathering where there is one. A NaN reaches the others with the gradients."""
-        batch = torch.tensor(float("inf") if bad is None else float(bad.batch), device=self.run.device)
-        torch.distributed.all_reduce(batch, torch.distributed.ReduceOp.MIN)
-        if torch.isinf(batch):
-            return None
-        own = bad and bad._replace(which=f"{bad.which} on rank {self.group.rank}")
-        return min((each for each in self.group.gather(own) if each is not None), key=lambda each: each.batch)
 
     def together(self, batches: Any) -> Any:
         """Where processes may have different numbers of batches, they ask each other before each one."""

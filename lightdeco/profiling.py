@@ -137,7 +137,7 @@ def _training(s: Session, timed: Timed, undone: ExitStack) -> None:
 def _records(s: Session, timed: Timed, undone: ExitStack) -> None:
     shadow(s.run, "record", timed("record", s.run.record), undone)
     if s.plan.verb == "fit":
-        for thing, name in ((s, "refuse_nan"), (s.means, "window"), (s.means, "epoch")):
+        for thing, name in ((s, "bad"), (s, "refuse_nan"), (s.means, "window_and"), (s.means, "epoch")):
             shadow(thing, name, timed("metrics", getattr(thing, name)), undone)
 
 

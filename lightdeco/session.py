@@ -1,6 +1,6 @@
 """`Session`: everything that the loop works with while one verb runs. `opening.py` makes it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,22 +184,36 @@ class Session:
         return not self.pending and progress.micro_batch - progress.batch == self.first_micro_batch
 
     def refuse_nan(self) -> None:
-        """Check the losses since the last check together. Waits for the device.
+        """Check the losses since the last check, of all processes. Waits for the device.
 
         Raises:
             StepError: one was not finite, and `on_nan` is "raise"; the message names the first.
         """
+        bad = self.bad()
+        if self.settings.on_nan == "raise":
+            self.refuse(self.group.gather(bad))
+
+    def bad(self) -> Bad | None:
+        """The first loss of this process that was not finite since the last check, where `on_nan` is "raise"."""
         batch, step, run = self.checked_batch, self.checked_step, self.run
         self.checked_batch, self.checked_step = run.progress.batch, run.global_step
         if self.settings.on_nan != "raise":
-            return
-        found = self._bad_of_branches() if self.parted else None
-        bad = None if self.parted else run.means.first_bad()
-        if bad is not None:
-            found = Bad(batch + bad, step + bad // accumulation(self.settings, run.epoch) + 1, "training loss")
-        if (found := self.peers.earliest(found)) is not None:
+            return None
+        if self.parted:
+            return self._bad_of_branches()
+        bad = run.means.first_bad()
+        if bad is None:
+            return None
+        return Bad(batch + bad, step + bad // accumulation(self.settings, run.epoch) + 1, "training loss")
+
+    def refuse(self, everywhere: Sequence[Bad | None]) -> None:
+        """Raise a StepError for the first of these losses, which the processes have found."""
+        run = self.run
+        every = [(found, rank) for rank, found in enumerate(everywhere) if found is not None]
+        for found, rank in sorted(every, key=lambda each: each[0].batch)[:1]:
+            which = f"{found.which} on rank {rank}" if len(everywhere) > 1 else found.which
             raise StepError(
-                f"the {found.which} was not finite (NaN or infinite) at batch {found.batch} of epoch {run.epoch}, "
+                f"the {which} was not finite (NaN or infinite) at batch {found.batch} of epoch {run.epoch}, "
                 f"global_step {found.step}; detect_anomaly=True finds the operation, on_nan='skip' leaves such updates "
                 "out"
             )
