@@ -159,6 +159,7 @@ def _shard(s: Session, peers: Sharded) -> None:
     run, model = s.run, s.plan.model
     if not isinstance(model, FSDPModule):
         _refuse_scalars(model)
+        _refuse_mixed(model)
         found = _options(strategies.fsdp_plugin(s.settings), model, run.device)
         mesh = init_device_mesh(run.device.type, (s.group.size,))
         name, qualname = type(model).__name__, type(model).__qualname__
@@ -231,7 +232,7 @@ def _shares(unit: nn.Module, model: nn.Module) -> bool:
 
 def _can_be_unit(module: nn.Module) -> bool:
     """Whether it has parameters, and is called itself and not only its elements."""
-    called = not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    called = type(module).forward is not nn.Module.forward
     return called and any(True for _ in module.parameters())
 
 
@@ -242,6 +243,19 @@ def _refuse_scalars(model: nn.Module) -> None:
                 f"strategy='fsdp' cannot cut the parameter {name!r} of {type(model).__name__}, which has no dimension; "
                 "make it torch.ones(1), or a buffer"
             )
+
+
+def _refuse_mixed(model: nn.Module) -> None:
+    dtypes: dict[torch.dtype, str] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            dtypes.setdefault(parameter.dtype, name)
+    if len(dtypes) > 1:
+        found = ", ".join(f"{name!r} is {dtype}" for dtype, name in dtypes.items())
+        raise LaunchError(
+            f"strategy='fsdp' needs one dtype for all trained parameters of {type(model).__name__}: {found}; convert "
+            "the model, or give precision='bf16-true' or the like"
+        )
 
 
 def wanted(s: Session) -> bool:

@@ -110,6 +110,31 @@ class Sharp(Adam):
         optimizer.step()
 
 
+class Encoder(nn.Module):
+    """Called by another method than `forward`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x))
+
+
+class Encoding(Net):
+    """Its modules have no forward, so that they are no units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList([Encoder(), Encoder()])
+
+    def loss(self, batch: Any) -> Tensor:
+        x = batch[0]
+        for encoder in self.encoders:
+            x = encoder.encode(x)
+        return F.cross_entropy(self.body(x), batch[1])
+
+
 class Poor(Deep):
     """The loss of the third batch of rank 1 is not a number."""
 
@@ -132,6 +157,7 @@ CASES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "thawing": (Thawing, {}),
     "tied": (Tied, {"checkpoint": True}),
     "closure": (Sharp, {}),
+    "another method": (Encoding, {}),
     "compiled": (Deep, {"compile": True}),
     "skipped": (Poor, {"on_nan": "skip"}),
     "bf16": (Deep, {"precision": "bf16-mixed"}),
@@ -576,6 +602,14 @@ class Scalar(Net):
         self.temperature = nn.Parameter(torch.ones(()))
 
 
+class Mixed(Net):
+    """With a layer of another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.double = nn.Linear(2, 2, dtype=torch.float64)
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "error", "message"),
     [
@@ -640,7 +674,7 @@ def refused() -> Any:
     """What is found out when the model is there."""
     torch.distributed.init_process_group("gloo")
     found = []
-    for kind in (Scalar, Closing):
+    for kind in (Scalar, Closing, Mixed):
         with pytest.raises(ld.LaunchError) as error:
             ld.fit(kind(), loader(8), max_epochs=1, strategy="fsdp", **QUIET)
         found.append(str(error.value))
@@ -655,7 +689,8 @@ def test_models_and_optimizers_that_cannot_be_cut_are_named() -> None:
     """On every process."""
     zero, one = together(refused)
     assert zero == one
-    scalar, closing, again = zero
+    scalar, closing, mixed, again = zero
+    assert "one dtype for all trained parameters of Mixed: 'body.0.weight' is torch.float32" in mixed
     assert "the parameter 'temperature' of Scalar, which has no dimension" in scalar
     assert "cannot run LBFGS" in closing
     assert "Net lies in parts on several processes" in again
