@@ -247,10 +247,11 @@ def test_a_signal_to_the_process_that_called_fit(number: int, tmp_path: Path) ->
         assert not (run / "end.json").exists()
         return
     assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: -signal.SIGINT}[number], err
-    (saved,) = (run / "checkpoints").glob("step=*")
+    saved = {path.name for path in (run / "checkpoints").glob("step=*")}  # the last one, and the best so far
     end = json.loads((run / "end.json").read_text())
     assert end["status"] == "interrupted"
-    assert saved.name == f"step={end['step']:08d}"
+    assert f"step={end['step']:08d}" in saved
+    assert len(saved) <= 2
     kind = {signal.SIGTERM: "SystemExit", signal.SIGINT: "KeyboardInterrupt"}[number]
     assert end["error"]["class"] == kind
     assert out.count(f"interrupted: {kind} in epoch") == 1
