@@ -220,7 +220,7 @@ class Session:
 
     def _bad_of_branches(self) -> Bad | None:
         """Where each training step has losses of its own: the earliest bad one."""
-        means, found = self.run.means, []
+        means, found = self.means, []
         means.settle()
         for branch in self.branches:
             rows, branch.rows = branch.rows, []

@@ -469,3 +469,18 @@ def test_a_run_with_two_optimizers_goes_on_bit_for_bit(tmp_path: Path, at: int, 
     assert {k: v for k, v in second.metrics.items() if "loss" in k} == {
         k: v for k, v in first.metrics.items() if "loss" in k
     }
+
+
+class Checked(Pair):
+    """With a validation."""
+
+    @ld.validation_step
+    def check(self, batch: Tensor) -> Any:
+        return {"loss": self.gen_loss(batch)}
+
+
+@pytest.mark.parametrize("on_nan", ["raise", "skip"])
+def test_several_steps_with_a_sanity_check_before_training(on_nan: str) -> None:
+    """A validation before the first step, when there are no losses yet."""
+    run = ld.fit(Checked(), (data(), data()), max_epochs=1, seed=SEED, on_nan=on_nan, **QUIET)
+    assert {"val/loss", "train/gen/loss", "train/disc/loss"} <= run.metrics.keys()
