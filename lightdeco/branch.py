@@ -67,6 +67,8 @@ class Branch:
     zero_grad: Callable[[], object] = lambda: None
     backward: Callable[[Any], object] = Tensor.backward
     """How gradients are cleared, and made from a loss: torch's own functions, or the overrides."""
+    apply: Callable[[], bool] | None = None
+    """Makes an update where DeepSpeed does it; whether it was made. None: `optimizer.step`."""
     scaler: "Scaler | None" = None
     """Scales losses and leaves out updates that overflow; None but with fp16."""
     closure: bool = False

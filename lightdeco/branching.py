@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import scaling
+from . import scaling, strategies
 from .branch import Branch
 from .errors import LaunchError, MarkError, SettingsError, nearest, warn
 from .manual import Manual, refuse_settings
@@ -17,7 +17,8 @@ from .optim import Optim, clip, needs_closure, parameters_of, read_optimizers, s
 from .peers import Peers
 from .plan import Hook
 from .session import Session
-from .sharding import Sharded
+from .voting import Voting
+from .zero import Zero
 
 
 def prepare_optimizers(s: Session, stack: ExitStack) -> None:
@@ -60,6 +61,8 @@ def prepare_optimizers(s: Session, stack: ExitStack) -> None:
     _losses(s)
     if isinstance(s.peers, Peers):
         s.peers.needs_loss = settings.on_nan == "skip" or any(branch.closure for branch in s.branches)
+    if isinstance(s.peers, Zero):
+        s.peers.begin(s)
     if settings.oom == "micro":
         from .micro import join
 
@@ -75,10 +78,10 @@ def _refuse_foreign(s: Session, where: str) -> None:
             raise MarkError(
                 f"{where} returned an optimizer{which} that holds no parameter of {model}; give it self.parameters()"
             )
-        if needs_closure(optim.optimizer) and isinstance(s.peers, Sharded):
+        if needs_closure(optim.optimizer) and isinstance(s.peers, Voting):
             raise LaunchError(
-                f"strategy='fsdp' cannot run {type(optim.optimizer).__name__}, which looks at all parameters as one "
-                "vector; 'ddp' can"
+                f"strategy={strategies.name_of(s.settings)!r} cannot run {type(optim.optimizer).__name__}, which looks "
+                "at all parameters as one vector; 'ddp' can"
             )
         if needs_closure(optim.optimizer) and s.settings.accumulate_grad_batches != 1:
             kind = type(optim.optimizer).__name__

@@ -1,4 +1,4 @@
-"""Sharded tensors, which are torch's `DTensor`: recognised without the slow import of torch.distributed.tensor."""
+"""Sharded tensors: torch's `DTensor`, recognised without its slow import, and the parameters of DeepSpeed's stage 3."""
 
 from contextlib import suppress
 from typing import Any
@@ -14,8 +14,13 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Any) -> Tensor:
     """The part of this process, with the memory of the tensor itself; a plain tensor is its own part."""
-    found: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    found: Tensor = tensor.to_local() if is_sharded(tensor) else getattr(tensor, "ds_tensor", tensor)
     return found
+
+
+def numel(tensor: Any) -> int:
+    """How many numbers a tensor has, on all processes together."""
+    return int(getattr(tensor, "ds_numel", tensor.numel()))
 
 
 def whole(tensor: Any) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from . import launch, strategies
 from .joined import joined, place
 from .settings import Settings
+from .zero_config import configuration
 
 
 def processes_of(s: Settings) -> int:
@@ -51,6 +52,10 @@ def placed(s: Settings) -> Iterator[str]:
     yield f"put the model on its device: accelerator={s.accelerator!r}{devices}{precision}"
     if strategies.name_of(s) == "fsdp":
         yield "cut every parameter into parts, one for each process (FSDP); steps gather them layer by layer"
+    if strategies.name_of(s) == "deepspeed":
+        stage = configuration(s)["zero_optimization"]["stage"]
+        what = ("the optimizer's state", "gradients", "parameters")[:stage]
+        yield f"cut {', '.join(what)} into parts, one for each process: DeepSpeed (ZeRO stage {stage})"
 
 
 def dealt_text(s: Settings, count: int) -> str:

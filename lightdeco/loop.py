@@ -353,6 +353,7 @@ def _save_at_the_end(s: Session) -> None:
     s.peers.align(s.run.model)  # DDP gives the others the buffers of rank 0 before a step, so that the last ones differ
     if s.saver is not None:
         s.saver.finish()
+    s.held.gather()
     s.signals.end()
 
 

@@ -48,8 +48,9 @@ def opened(
     from . import requeue, resuming  # here and below: what has to do with checkpoints is imported when a verb runs
 
     process = launch.Process(settings)
-    cut = strategies.name_of(settings) == "fsdp"
-    with group.opened(launch.kind_of(settings), settings.process_timeout, keep=cut) as processes:
+    # What is cut, and DeepSpeed itself, live in torch's group of processes.
+    keep = strategies.name_of(settings) != "ddp"
+    with group.opened(launch.kind_of(settings), settings.process_timeout, keep=keep) as processes:
         with process.entered():
             resumed = resuming.look(plan, settings, writes, weights, processes)
             seed = settings.seed if settings.seed is not None else int(torch.randint(2**32, ()))

@@ -150,14 +150,18 @@ class Peers(Alone):
             self.loss = votes[LOSS] / votes[FACTOR]
         if not votes.is_cpu:
             factor = votes[FACTOR]
-            divide(optimizer, torch.where(factor == 0, torch.ones_like(factor), factor))
+            self.divide(optimizer, torch.where(factor == 0, torch.ones_like(factor), factor))
             self._read_later(votes)
             return
         numbers = votes.tolist()
         self._read(numbers)
         refuse_weightless(numbers)
         if numbers[FACTOR] != 1.0:
-            divide(optimizer, numbers[FACTOR])
+            self.divide(optimizer, numbers[FACTOR])
+
+    def divide(self, optimizer: Optimizer, by: Any) -> None:
+        """Divide the optimizer's gradients, by a number or a 0-dim tensor on their device."""
+        divide(optimizer, by)
 
     def average(self, optimizer: Optimizer, factor: Any) -> None:
         """The sum of the optimizer's gradients over all processes, divided by the sum of factors; one all-reduce.

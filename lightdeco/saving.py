@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from . import checkpoint, sharding
+from . import checkpoint
 from .callbacks.model_checkpoint import POLICY, ModelCheckpoint
 from .checkpoint import Snapshot, State, dealt
 from .checkpoint.content import encode
@@ -38,7 +38,7 @@ class Saver:
         self._metrics: dict[str, Any] | None = None  # of an epoch that is being ended
         self._score: float | None = None  # of a validation that improved, and is not saved yet
         #: Every process writes its part of a model that is cut; in the foreground, since they write together.
-        self._cut = sharding.wanted(session)
+        self._cut = session.held.cut
         self._held: tuple[Kept[Snapshot], str, tuple[int, ...]] | None = None
         self._saved: tuple[int, ...] | None = self._position()  # of the last write, or where the run began
         self._thread: threading.Thread | None = None
@@ -269,7 +269,7 @@ class Saver:
 
 def _not_finite(model: nn.Module) -> list[str]:
     """The parameters that are not finite, of each the part of this process. Waits for the device."""
-    parameters = {name: local(p.detach()) for name, p in model.named_parameters() if p.is_floating_point()}
+    parameters = {name: local(p).detach() for name, p in model.named_parameters() if p.is_floating_point()}
     there = [p for p in parameters.values() if p.numel()]
     finite = [torch.isfinite(norm) for norm in torch._foreach_norm(there)] if there else []
     if all(bool(each) for each in finite):

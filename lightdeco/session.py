@@ -17,6 +17,7 @@ from .callbacks.model_checkpoint import ModelCheckpoint
 from .data.loader import Loader
 from .errors import StepError
 from .group import Group
+from .held import Held
 from .limits import accumulation
 from .metrics import Means
 from .optim import parameters_of
@@ -104,6 +105,8 @@ class Session:
     signals: Signals = field(default_factory=Signals)
     peers: Alone = field(init=False)
     """The other processes of the run, or nobody."""
+    held: Held = field(default_factory=Held)
+    """How the model and the optimizers' state lie on the processes."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """What the run was made with, for loggers and checkpoints; empty where nothing is written."""
     counted: int = -1
@@ -120,9 +123,9 @@ class Session:
 
     @property
     def inference(self) -> bool:
-        """Whether evaluations run in torch's inference mode, which neither torchao's fp8 nor FSDP can do."""
+        """Whether evaluations run in torch's inference mode, which neither fp8 nor FSDP nor DeepSpeed can do."""
         settings = self.settings
-        return settings.inference_mode and settings.precision != "fp8" and strategies.name_of(settings) != "fsdp"
+        return settings.inference_mode and settings.precision != "fp8" and strategies.name_of(settings) == "ddp"
 
     def checks_sanity(self) -> bool:
         """Whether a few batches of validation run before training; never from an iterator, which would lose them."""

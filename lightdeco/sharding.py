@@ -8,17 +8,16 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from . import strategies
-from .ballot import FACTOR, LOSS
 from .dtensor import forget_forward, is_sharded, reshard
 from .errors import LaunchError
+from .held import InParts
 from .materialise import Materialiser
-from .peers import Peers
 from .session import Session
 from .steps import Steps
+from .voting import Voting
 
 #: The name under which a model has the marked steps, while a run lasts.
 _CALL: Final = "_lightdeco_call"
@@ -57,93 +56,11 @@ class ShardedSteps(Steps):
         delattr(self.model, _CALL)
 
 
-class Sharded(Peers):
-    """One process of several that hold parts of the model.
-
-    torch averages gradients part by part, in each backward. What the processes agree on goes in an all-reduce of its
-    own, once for an update.
-    """
-
-    def __init__(self, s: Session) -> None:
-        super().__init__(s.run, s.signals, s.group)
-        double = all(p.dtype == torch.float64 for p in s.plan.model.parameters())
-        self._dtype = torch.float64 if double else torch.float32
-        #: The sums over the window: of the factors, and of the losses times their factors.
-        self._factors: Any = 0.0
-        self._losses: Any = 0.0
-
-    def calling(self, wrapped: Callable[..., Any]) -> Callable[..., Any]:
-        """The training steps; each first gives all processes the buffers of rank 0, as DDP does."""
-        model = self.run.model
-
-        def step(key: str, *inputs: object) -> Any:
-            self.align(model)
-            return wrapped(key, *inputs)
-
-        return step
-
-    def refresh(self) -> None:
-        """Nothing: torch looks itself at what requires grad."""
-
-    def cast(self, loss: Tensor, factor: Any, last: bool) -> Tensor:
-        """The loss times its factor."""
-        self._factors = self._factors + factor
-        if self.needs_loss:
-            self._losses = self._losses + loss.detach() * factor
-        return loss if isinstance(factor, float) and factor == 1.0 else loss * factor
-
-    def count(self, optimizer: Optimizer) -> None:
-        """After backward: agree, and divide the optimizer's gradients by the mean of all factors.
-
-        Raises:
-            StepError: every weight of the window was 0.
-        """
-        votes = self.template(self.wishes(), self._dtype, self.run.device).clone()
-        votes[FACTOR], votes[LOSS] = self._factors, self._losses
-        self._factors = self._losses = 0.0
-        torch.distributed.all_reduce(votes)
-        self.tally(votes / self.size, optimizer)
-
-    def average(self, optimizer: Optimizer, factor: Any) -> None:
-        """As `count`: each backward has averaged its gradients already."""
-        self.count(optimizer)
-
-    def rounds(self, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
-        """Each batch with True; then, as long as another process has one, the last batch again with False.
-
-        A forward gathers parameters from all processes, so all make the same number of them. A process without any
-        batch gets the first one of rank 0.
-        """
-        there, batch = True, None
-        first = next(batches, _NONE)
-        having = self.group.gather(first is not _NONE)
-        if not all(having):
-            shared = self.group.same(first if any(having) and first is not _NONE else None)
-            first, there = (shared, False) if first is _NONE else (first, True)
-        if not any(having):
-            return
-        batch = first
-        while True:
-            yield batch, there
-            following = next(batches, _NONE) if there else _NONE
-            there = following is not _NONE
-            if not self._any(there):
-                return
-            batch = following if there else batch
-
-    def _any(self, there: bool) -> bool:
-        flag = torch.tensor(float(there), device=self.run.device)
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        return bool(flag)
-
-
-_NONE: Final = object()
-
-
 def wrap(s: Session, calls: Any) -> None:
     """Cut the model, and make of the marked steps what training and evaluation call: forwards of the cut model."""
     assert s.run.accelerator is not None
-    s.peers = peers = Sharded(s)
+    s.peers = peers = Voting(s)
+    s.held = InParts(s.group)
     _shard(s, peers)
     s.steps = steps = ShardedSteps(s.plan.model, calls)
     s.stack.callback(steps.end)
@@ -151,7 +68,7 @@ def wrap(s: Session, calls: Any) -> None:
     s.wrapped = peers.calling(s.run.accelerator.prepare_model(steps, device_placement=False, evaluation_mode=True))
 
 
-def _shard(s: Session, peers: Sharded) -> None:
+def _shard(s: Session, peers: Voting) -> None:
     """Cut the model into parts, unless it is already."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard

@@ -6,10 +6,9 @@ from itertools import zip_longest
 from time import monotonic
 from typing import Any, Final
 
-from . import ranks, sharding, xla
+from . import ranks, xla
 from .callbacks.model_checkpoint import POLICY
-from .checkpoint import State, load_optimizer
-from .checkpoint.dealt import deal
+from .checkpoint import State
 from .counted import counted, metric_modules, set_counted
 from .dtensor import reshard
 from .errors import CheckpointError, warn
@@ -37,7 +36,7 @@ def collect(s: Session, metrics: Mapping[str, Any] | None = None) -> State:
         s.plan.call(hook, run, (corners.setdefault(key, {}),))
     state = State(
         model=s.plan.model.state_dict(),
-        optimizers={name: optim.optimizer.state_dict() for name, optim in run.optims.items()},
+        optimizers={name: s.held.state_of(optim.optimizer) for name, optim in run.optims.items()},
         scaler={name: scaler.state_dict() for name, scaler in s.scalers.items()} or None,
         schedulers={n: optim.scheduler.state_dict() for n, optim in run.optims.items() if optim.scheduler is not None},
         callbacks={key: thing.state_dict() for key, thing in with_state(s.plan)},
@@ -51,8 +50,7 @@ def collect(s: Session, metrics: Mapping[str, Any] | None = None) -> State:
         versions=s.provenance["environment"],
     )
     ranks.gather(state, s.group)
-    if sharding.wanted(s):
-        deal(state, {name: optim.optimizer for name, optim in run.optims.items()}, s.group)
+    s.held.deal(state, {name: optim.optimizer for name, optim in run.optims.items()})
     return state
 
 
@@ -75,7 +73,7 @@ def restore(s: Session, state: State) -> None:
             # An epoch may end right after a resume: torch would warn of a scheduler that steps before its optimizer.
             vars(optim.optimizer)["_opt_called"] = True
         # After the schedulers, some of which set learning rates.
-        load_optimizer(optim.optimizer, state.optimizers[name], name or "optimizer")
+        s.held.load(optim.optimizer, state.optimizers[name], name or "optimizer")
     for name, scaler in s.scalers.items():
         if state.scaler is not None and name in state.scaler:
             scaler.load_state_dict(state.scaler[name])
@@ -159,7 +157,7 @@ def _kinds(s: Session) -> dict[str, dict[str, Any]]:
             "optimizer": type(optim.optimizer).__name__,
             "scheduler": None if optim.scheduler is None else type(optim.scheduler).__name__,
             # Those that are not the model's have no name.
-            "parameters": [[names.get(id(p)) for p in group["params"]] for group in optim.optimizer.param_groups],
+            "parameters": [[names.get(id(p)) for p in group] for group in s.held.parameters(optim.optimizer)],
         }
         for name, optim in s.run.optims.items()
     }

@@ -64,8 +64,10 @@ def update(s: Session, branch: Branch, loss: Tensor, inputs: Inputs | None, agai
     if branch.closure:
         closure = Closure(optimizer, loss, lambda: _evaluate_again(s, branch, inputs, again))
         call["optimizer_step"](optimizer, closure)
-    else:
+    elif branch.apply is None:
         optimizer.step()
+    elif not branch.apply():
+        return _skipped(s, branch)
     if not window.plain:
         window.begin()
     s.count_step()

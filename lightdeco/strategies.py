@@ -1,5 +1,6 @@
 """What `strategy=` means, and what is refused before anything starts."""
 
+import importlib.util
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from typing import Any, Final
 from .errors import LaunchError, SettingsError
 from .plan import Plan
 from .settings import Settings
+from .zero_config import configuration
 
 #: The classes of accelerate that stand for a strategy.
 _PLUGINS: Final = {
@@ -22,6 +24,16 @@ _LAUNCHED: Final = {
     "ACCELERATE_USE_DEEPSPEED": "deepspeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }
+_PRECISIONS: Final = {
+    "fsdp": ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed"),
+    "deepspeed": ("32-true", "bf16-mixed"),
+}
+#: Settings with what they may be, and what to do instead.
+_NOT_BESIDE_DEEPSPEED: Final = (
+    ("gradient_clip_algorithm", ("norm",), "DeepSpeed clips by the norm alone"),
+    ("on_nan", ("raise",), "DeepSpeed leaves out updates by rules of its own; give 'raise'"),
+    ("log_gradients", (False,), "its engine keeps the gradients"),
+)
 #: Arguments of `Accelerator` that would choose another strategy behind lightdeco's back, and what to do instead.
 ARGUMENTS: Final = {
     "fsdp_plugin": "give it as fit(…, strategy=plugin)",
@@ -67,34 +79,55 @@ def check(settings: Settings, kind: str, processes: int, plan: Plan | None) -> N
     if name == "ddp":
         if not isinstance(settings.strategy, str):
             refuse_compression([settings.strategy])
-    elif name == "deepspeed" and kind != "cuda":
-        raise LaunchError(f"strategy='deepspeed' needs GPUs, and this run is on the {kind}; there 'fsdp' can be run")
-    elif name == "deepspeed":
-        raise LaunchError("strategy='deepspeed' is not available yet; available: 'auto', 'ddp', 'fsdp'")
     elif kind not in ("cpu", "cuda"):
-        raise LaunchError(f"strategy='fsdp' runs on GPUs and CPUs, and this run is on {kind!r}")
+        raise LaunchError(f"strategy={name!r} runs on GPUs and CPUs, and this run is on {kind!r}")
     elif processes < 2:
         raise LaunchError(
-            "strategy='fsdp' cuts a model into parts for several processes, and this run has one: give devices=2 or "
+            f"strategy={name!r} cuts a model into parts for several processes, and this run has one: give devices=2 or "
             "more, or leave strategy out"
         )
     else:
-        _refuse_beside_fsdp(settings, plan)
+        _refuse_beside_parts(name, settings, plan)
+        if name == "fsdp":
+            _refuse_beside_fsdp(settings)
+        else:
+            _refuse_beside_deepspeed(settings, plan)
 
 
-def _refuse_beside_fsdp(settings: Settings, plan: Plan | None) -> None:
+def _refuse_beside_parts(strategy: str, settings: Settings, plan: Plan | None) -> None:
     steps = list(plan.all("training_step")) if plan is not None else []
     if len(steps) > 1 or any(hook.mark.manual for hook in steps):
         which = "several training steps" if len(steps) > 1 else "a manual training step"
-        raise LaunchError(f"strategy='fsdp': {steps[-1].where} is one of {which}; it needs a single automatic one")
+        raise LaunchError(
+            f"strategy={strategy!r}: {steps[-1].where} is one of {which}; it needs a single automatic one"
+        )
     for name, allowed, why in (
         ("sync_batchnorm", (False,), "convert the model itself: nn.SyncBatchNorm.convert_sync_batchnorm(model)"),
         ("oom", ("raise",), "a step that fails half-way cannot be repeated where others wait for it"),
-        ("precision", ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed"), "use 'bf16-mixed'"),
+        ("precision", _PRECISIONS[strategy], "use 'bf16-mixed'"),
+        *(_NOT_BESIDE_DEEPSPEED if strategy == "deepspeed" else ()),
     ):
         value = getattr(settings, name)
         if value not in allowed:
-            raise SettingsError(f"strategy='fsdp' does not go with {name}={value!r}: {why}")
+            raise SettingsError(f"strategy={strategy!r} does not go with {name}={value!r}: {why}")
+
+
+def _refuse_beside_deepspeed(settings: Settings, plan: Plan | None) -> None:
+    """Refuse what needs the gradients, which DeepSpeed keeps, and what its engine does itself."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise LaunchError("strategy='deepspeed' needs the package deepspeed: pip install 'lightdeco[deepspeed]'")
+    configuration(settings)
+    if plan is None or plan.verb != "fit":
+        return
+    for role in ("backward", "optimizer_step", "optimizer_zero_grad", "clip_gradients"):
+        if (hook := plan.one(role)) is not None:
+            raise LaunchError(
+                f"{hook.where}, marked @{role}, cannot go with strategy='deepspeed', whose engine does that itself; "
+                "'ddp' and 'fsdp' can"
+            )
+
+
+def _refuse_beside_fsdp(settings: Settings) -> None:
     strategy = fsdp_plugin(settings)
     if strategy is None:
         return

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import fp8, launch, sharding, xla
+from . import fp8, launch, sharding, xla, zero
 from .alone import Alone
 from .ballot import SharedSteps
 from .dtensor import is_sharded
@@ -41,6 +41,9 @@ def wrap(s: Session) -> None:
         assert recipe is not None  # `launch` has seen to it
         s.stack.callback(fp8.convert(model, recipe))
     calls = {key: s.plan.step(hook, run) for key, hook in hooks.items()}
+    if zero.wanted(s):
+        zero.wrap(s, calls)
+        return
     if sharding.wanted(s):
         sharding.wrap(s, calls)
         return

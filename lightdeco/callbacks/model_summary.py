@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightdeco.dtensor import numel
 from lightdeco.errors import SettingsError
 from lightdeco.marks import on_fit_start
 
@@ -176,11 +177,11 @@ def _counts(parameters: Iterable[nn.Parameter]) -> tuple[int, int, bool]:
             lazy = True
         else:
             known.append(parameter)
-    return sum(p.numel() for p in known), sum(p.numel() for p in known if p.requires_grad), lazy
+    return sum(map(numel, known)), sum(numel(p) for p in known if p.requires_grad), lazy
 
 
 def _megabytes(tensors: Iterable[Tensor]) -> float:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if not _is_lazy(tensor)) / 1e6
+    return sum(numel(tensor) * tensor.element_size() for tensor in tensors if not _is_lazy(tensor)) / 1e6
 
 
 def _is_lazy(tensor: Tensor) -> bool:

@@ -68,24 +68,32 @@ def complete(names: Collection[str]) -> bool:
 # ---- dealing out -----------------------------------------------------------------------------------------------------
 
 
+class Dealer:
+    """Gives each tensor to the process that has the least so far; every process has one and does the same."""
+
+    def __init__(self, group: Group) -> None:
+        self._rank, self._loads = group.rank, [0] * group.size
+
+    def give(self, tensor: Tensor) -> Tensor:
+        """A whole tensor, which every process has: its owner's copy on the CPU; the others get a stand-in for it."""
+        owner = self._loads.index(min(self._loads))
+        self._loads[owner] += tensor.numel() * tensor.itemsize
+        made = tensor.cpu() if owner == self._rank else torch.empty_like(tensor, device="meta")
+        return tensors.owned(made, owner)
+
+
 def deal(state: State, optimizers: Mapping[str, Optimizer], group: Group) -> None:
-    """Give each tensor that is cut to the process that has the least so far; the others get a stand-in for it.
+    """Give each tensor that is cut to one process, whole.
 
     Every process calls it. Costs an all-gather for each tensor.
 
     Raises:
         CheckpointError: an optimizer's state is cut in another way than its parameter.
     """
-    loads = [0] * group.size
+    dealer = Dealer(group)
 
     def dealt(tensor: Any) -> Any:
-        if not isinstance(tensor, Tensor) or not is_sharded(tensor):
-            return tensor
-        owner = loads.index(min(loads))
-        loads[owner] += tensor.numel() * tensor.itemsize
-        gathered = whole(tensor)
-        made = gathered.cpu() if owner == group.rank else torch.empty_like(gathered, device="meta")
-        return tensors.owned(made, owner)
+        return dealer.give(whole(tensor)) if isinstance(tensor, Tensor) and is_sharded(tensor) else tensor
 
     state.model = {name: dealt(value) for name, value in state.model.items()}
     for name, optimizer in optimizers.items():

@@ -363,7 +363,7 @@ def test_settings_that_cannot_be_had_are_refused_before_anything_starts() -> Non
         ({"devices": [0, 1], "accelerator": "cpu"}, ld.LaunchError, "a cpu has no numbers"),
         ({"num_nodes": 2}, ld.LaunchError, "num_nodes=2.*torchrun"),
         ({"strategy": "fsdp", "accelerator": "cpu"}, ld.LaunchError, "this run has one: give devices=2"),
-        ({"strategy": "deepspeed", "accelerator": "cpu"}, ld.LaunchError, "strategy='deepspeed' needs GPUs"),
+        ({"strategy": "deepspeed", "accelerator": "cpu"}, ld.LaunchError, "this run has one: give devices=2"),
         ({"strategy": object(), "accelerator": "cpu"}, ld.SettingsError, "strategy is a object; allowed"),
         ({"devices": 2, "strategy": "fsdp", "oom": "micro"}, ld.SettingsError, "does not go with oom='micro'"),
         ({"devices": 2, "precision": "16-mixed"}, ld.SettingsError, "precision='16-mixed' needs a CUDA device"),

@@ -309,7 +309,7 @@ def digest(folder: Path) -> dict[str, str]:
     return hashed
 
 
-def run_to(strategy: str, root: Path, steps: int, **settings: Any) -> Any:
+def run_to(strategy: Any, root: Path, steps: int, **settings: Any) -> Any:
     """Train `Adam` to so many updates, saving every second one; the whole weights and the path of the last one."""
 
     def work() -> Any:
@@ -731,7 +731,7 @@ def test_callbacks_and_summary_see_a_cut_model(own_directory: Path) -> None:
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
 
-def interrupted(root: Path, who: int, act: Callable[[], None], where: str, count: int) -> Any:
+def interrupted(root: Path, who: int, act: Callable[[], None], where: str, count: int, strategy: Any = "fsdp") -> Any:
     """`run_to` the end, in which rank `who` does something at the `count`-th call of a function of the sinks."""
     plain = getattr(files.Sink, where)
     calls = [0]
@@ -744,7 +744,7 @@ def interrupted(root: Path, who: int, act: Callable[[], None], where: str, count
 
     def work() -> Any:
         setattr(files.Sink, where, call)
-        return run_to("fsdp", root, 8)()
+        return run_to(strategy, root, 8)()
 
     return work
 
