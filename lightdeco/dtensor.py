@@ -14,7 +14,10 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Any) -> Tensor:
     """The part of this process, with the memory of the tensor itself; a plain tensor is its own part."""
-    found: Tensor = tensor.to_local() if is_sharded(tensor) else getattr(tensor, "ds_tensor", tensor)
+    if hasattr(tensor, "ds_tensor"):  # the last parts are filled up with anything
+        part: Tensor = tensor.ds_tensor
+        return part[: max(0, tensor.ds_numel - tensor.ds_zero_partition_rank * part.numel())]
+    found: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
     return found
 
 

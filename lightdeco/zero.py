@@ -139,9 +139,10 @@ def wrap(s: Session, calls: Any) -> None:
     s.held = held = InZeroParts(s.plan.model, s.group)
     s.stack.callback(held.end)
     s.steps = Steps(s.plan.model, calls)
-    s.plan.model.to(s.run.device)
+    if peers.stage < 3:
+        s.plan.model.to(s.run.device)
     peers.align(s.plan.model, weights=True)
-    # For autocast alone: DeepSpeed moves and wraps the steps.
+    # For autocast alone: DeepSpeed wraps the steps.
     s.run.accelerator.prepare_model(s.steps, device_placement=False, evaluation_mode=True)
     s.wrapped = peers.calling(peers.step)
 
@@ -152,12 +153,18 @@ def _engine(s: Session, optimizer: Optimizer) -> Any:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__[_SHARED_MEMORY] = False
+    config = configuration(s.settings)
     with _quiet():
-        return deepspeed.initialize(model=s.steps, optimizer=optimizer, config=configuration(s.settings))[0]
+        if config["zero_optimization"]["stage"] == 3:
+            deepspeed.init_distributed()
+            deepspeed.zero.Init(module=s.plan.model, config_dict_or_path=config)  # never all of it on the device
+            for buffer in s.plan.model.buffers():
+                buffer.data = buffer.data.to(s.run.device)
+        return deepspeed.initialize(model=s.steps, optimizer=optimizer, config=config)[0]
 
 
-#: An all-reduce of DeepSpeed for inference on CPUs. It would be compiled here, though nothing of ours uses it; that needs a
-#: compiler, and waits for ever where another process was killed while it compiled.
+#: An all-reduce of DeepSpeed for inference on CPUs. It would be compiled here, though nothing of ours uses it; that
+#: needs a compiler, and waits for ever where another process was killed while it compiled.
 _SHARED_MEMORY: Final = "deepspeed_shm_comm"
 
 

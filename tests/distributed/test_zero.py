@@ -17,6 +17,7 @@ from torch import nn
 
 import lightdeco as ld
 from lightdeco.checkpoint import verify
+from lightdeco.dtensor import local
 from tests.distributed import ranks
 from tests.distributed.ranks import together
 from tests.distributed.test_fit import Closing, Manual, Net, Scheduled, Thawing, Two, Weighted, loader
@@ -592,3 +593,30 @@ def test_explain_says_that_the_state_is_cut() -> None:
     """One line more."""
     text = str(ld.explain(Net(), loader(8), max_epochs=1, strategy="deepspeed", devices=2))
     assert "DeepSpeed (ZeRO stage 2)" in text
+
+
+class Filled(Adam):
+    """Puts NaN where stage 3 fills up the last parts, as chance may."""
+
+    @ld.on_train_batch_end
+    def fill(self) -> None:
+        for p in self.parameters():
+            part: Any = vars(p)["ds_tensor"]
+            with torch.no_grad():
+                part[local(p).numel() :] = float("nan")
+
+
+def test_what_fills_up_the_last_parts_is_no_weight(tmp_path: Path) -> None:
+    """A checkpoint is written, without it."""
+
+    def work() -> Any:
+        model = Filled()
+        every = ld.ModelCheckpoint(every_n_steps=1)
+        run = ld.fit(model, loader(8), max_steps=3, strategy=plugin(3), root_dir=tmp_path, checkpoint=every, **QUIET)
+        again = Adam()
+        ld.load_weights(again, run.last_checkpoint)
+        return weights(again), weights(model)
+
+    for saved, trained in together(work):
+        assert saved == trained
+        assert not any(torch.tensor(value).isnan().any() for value in saved.values())
