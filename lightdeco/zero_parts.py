@@ -38,7 +38,8 @@ class Traces:
 
     def __init__(self, steps: nn.Module) -> None:
         self._modules = [(module, set(vars(module))) for module in steps.modules()]
-        self._parameters = [(p, set(vars(p)), p.device) for p in steps.parameters()]
+        self._parameters = [(p, set(vars(p))) for p in steps.parameters()]
+        self.devices = [(tensor, tensor.device) for tensor in (*steps.parameters(), *steps.buffers())]
 
     def remove(self) -> None:
         """Leave plain parameters, and modules as they were, but for what the user set meanwhile."""
@@ -49,7 +50,7 @@ class Traces:
                 module._parameters = dict(own)
                 for name in [name for name in vars(module) if name not in before and _is_deepspeeds(name)]:
                     delattr(module, name)
-        for parameter, attributes, _ in self._parameters:
+        for parameter, attributes in self._parameters:
             parameter.grad = None
             for name in [name for name in vars(parameter) if name not in attributes]:
                 del vars(parameter)[name]
@@ -144,11 +145,14 @@ class InZeroParts(Held):
     # ---- the end -----------------------------------------------------------------------------------------------------
 
     def gather(self) -> None:
-        """Give every process the whole model, on the devices where `fit` found it; then the engine is gone."""
+        """Give every process the whole model, where it was before the engine; then the engine is gone.
+
+        At stage 3 that is where `fit` found it: all of it may be too large for the device of the run.
+        """
         if self._engine is None:
             return
-        for parameter in self._model.parameters():
-            parameter.data = self._weights(parameter).clone()
+        for tensor, device in self._traces.devices:
+            tensor.data = self._weights(tensor).to(device, copy=True)
         self.end()
 
     def end(self) -> None:

@@ -157,6 +157,32 @@ def test_two_gpus_are_as_one(strategy: str, precision: str, offload: bool, tmp_p
     assert ld.checkpoint.verify(run.last_checkpoint) is not None
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_on_two_gpus_is_as_one(stage: int, precision: str, offload: bool, tmp_path: Path) -> None:
+    """The weights of one GPU; at stage 3 they come back to the CPU, where they were."""
+    pytest.importorskip("deepspeed")
+    from accelerate.utils import DeepSpeedPlugin
+
+    zero: dict[str, Any] = {"stage": stage}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    plugin = DeepSpeedPlugin(hf_ds_config={"zero_optimization": zero}, zero3_init_flag=False)
+    generator = torch.Generator().manual_seed(0)
+    samples = TensorDataset(torch.randn(64, 4, generator=generator), torch.randint(3, (64,), generator=generator))
+    one, two = Net(dropout=0.0), Net(dropout=0.0)
+    two.load_state_dict(one.state_dict())
+    options: dict[str, Any] = {"precision": precision, "gradient_clip_val": 0.5, "root_dir": tmp_path}
+    fit(one, DataLoader(samples, batch_size=16), **options)
+    run = fit(two, DataLoader(samples, batch_size=8), devices=2, strategy=plugin, checkpoint=True, **options)
+    for before, after in zip(weights(one), weights(two), strict=True):
+        torch.testing.assert_close(after.cpu(), before.cpu(), rtol=2e-2, atol=1e-3)
+    assert ld.checkpoint.verify(run.last_checkpoint) is not None
+
+
 def test_compile() -> None:
     """The compiled forward trains to the same weights but for rounding."""
     compiled, eager = Net(dropout=0.0), Net(dropout=0.0)
