@@ -116,7 +116,11 @@ def _refuse_beside_deepspeed(settings: Settings, plan: Plan | None) -> None:
     """Refuse what needs the gradients, which DeepSpeed keeps, and what its engine does itself."""
     if importlib.util.find_spec("deepspeed") is None:
         raise LaunchError("strategy='deepspeed' needs the package deepspeed: pip install 'lightdeco[deepspeed]'")
-    configuration(settings)
+    if configuration(settings)["zero_optimization"]["stage"] == 3 and settings.compile is not False:
+        raise SettingsError(
+            f"strategy='deepspeed' at stage 3 does not go with compile={settings.compile!r}: torch's compiler fails on "
+            "parameters that come and go; stages 1 and 2 can"
+        )
     if plan is None or plan.verb != "fit":
         return
     for role in ("backward", "optimizer_step", "optimizer_zero_grad", "clip_gradients"):

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -22,6 +23,11 @@ from .voting import Voting
 from .zero_config import configuration
 from .zero_parts import InZeroParts, Traces
 
+#: Said with what goes wrong in a step at stage 3, which may be this.
+_NOT_THERE: Final = (
+    "At stage 3 of ZeRO the parameters of a module have the shape (0,) unless the module is being called; "
+    "deepspeed.zero.GatheredParameters gathers them, see docs/devices.md."
+)
 #: torch's optimizers that treat each number by itself: ZeRO hands them slices of one long vector.
 _BY_NUMBER = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adadelta", "ASGD")
 
@@ -39,7 +45,8 @@ class Zero(Voting):
 
     def step(self, key: str, *inputs: object) -> Any:
         """A training step."""
-        return self.engine(key, *inputs)
+        with self._explained():
+            return self.engine(key, *inputs)
 
     def sync(self, on: bool) -> None:
         """Whether the next backward is the last one of an update."""
@@ -47,7 +54,19 @@ class Zero(Voting):
 
     def backward(self, loss: Tensor) -> None:
         """Make gradients, and reduce them as the stage says."""
-        self.engine.backward(loss, scale_wrt_gas=False)
+        with self._explained():
+            self.engine.backward(loss, scale_wrt_gas=False)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say with an error at stage 3 what may have led to it."""
+        try:
+            yield
+        except Exception as error:
+            add_note = getattr(error, "add_note", None)  # of Python 3.11
+            if self.stage == 3 and add_note is not None:
+                add_note(_NOT_THERE)
+            raise
 
     def divide(self, optimizer: Optimizer, by: Any) -> None:
         """Remember by what the gradients, which lie in the engine, are divided in `apply`."""
@@ -96,6 +115,7 @@ class Zero(Voting):
         _refuse_optimizer(optimizer)
         self._names = {p: name for name, p in s.plan.model.named_parameters() if p.requires_grad}
         _refuse_without_optimizer(self._names, optimizer)
+        _refuse_dtypes(self._names)
         held = s.held
         assert isinstance(held, InZeroParts)
         traces = Traces(s.steps)
@@ -215,3 +235,12 @@ def _refuse_without_optimizer(trained: dict[Any, str], optimizer: Optimizer) -> 
             f"strategy='deepspeed': the optimizer has {len(foreign)} parameters that are not the model's; make them "
             "attributes of the model, or leave them out"
         )
+
+
+def _refuse_dtypes(trained: dict[Any, str]) -> None:
+    for parameter, name in trained.items():
+        if parameter.dtype != torch.float32:
+            raise LaunchError(
+                f"strategy='deepspeed' trains float32 parameters alone, and {name!r} is {parameter.dtype}; convert it, "
+                "and give precision='bf16-mixed' for half the memory of activations"
+            )

@@ -27,6 +27,7 @@ from tests.distributed.test_sharded import (
     Deep,
     Failing,
     Halting,
+    Mixed,
     Tied,
     digest,
     fit,
@@ -131,8 +132,9 @@ def both() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, (kind, settings) in CASES.items():
         found[name] = []
-        for strategy in ("ddp", *map(plugin, STAGES)):
-            model, run = fit(kind, strategy=strategy, **settings)
+        for stage in (0, *STAGES):
+            options = {key: value for key, value in settings.items() if stage < 3 or key != "compile"}
+            model, run = fit(kind, strategy=plugin(stage) if stage else "ddp", **options)
             records = [{k: v for k, v in record.items() if k != "time"} for record in run.history]
             found[name].append((weights(model), run.metrics, records, run.global_step))
     return found
@@ -468,14 +470,18 @@ class Own2(Net):
         (Net, {"gradient_clip_algorithm": "value"}, ld.SettingsError, "clips by the norm alone"),
         (Net, {"log_gradients": True}, ld.SettingsError, "does not go with log_gradients=True"),
         (Net, {"devices": 1}, ld.LaunchError, "this run has one: give devices=2"),
+        (Net, {"compile": True, "strategy": 3}, ld.SettingsError, "at stage 3 does not go with compile=True"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused_before_anything_starts(
     kind: type[nn.Module], settings: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     """With the reason, and what to do."""
+    settings = {"devices": 2, "strategy": "deepspeed", **settings}
+    if isinstance(settings["strategy"], int):
+        settings["strategy"] = plugin(settings["strategy"])
     with pytest.raises(error, match=message):
-        ld.fit(kind(), loader(8), max_epochs=1, **{"devices": 2, "strategy": "deepspeed", **settings}, **QUIET)
+        ld.fit(kind(), loader(8), max_epochs=1, **settings, **QUIET)
 
 
 @pytest.mark.parametrize(
@@ -514,7 +520,7 @@ def refused() -> Any:
     """What is found out when model and optimizer are there."""
     torch.distributed.init_process_group("gloo")
     found = []
-    for kind in (Elsewhere, Rows, Closing, Thawing):
+    for kind in (Elsewhere, Rows, Closing, Thawing, Mixed):
         with pytest.raises(ld.LightdecoError) as error:
             ld.fit(kind(), loader(8), max_epochs=3, strategy="deepspeed", checkpoint=False, **QUIET)
         found.append(str(error.value))
@@ -525,7 +531,8 @@ def test_optimizers_that_cannot_be_cut_are_named() -> None:
     """On every process, and a model whose layers thaw within the run."""
     zero, one = together(refused)
     assert zero == one
-    elsewhere, rows, closing, thawing = zero
+    elsewhere, rows, closing, thawing, mixed = zero
+    assert "'double.weight' is torch.float64" in mixed
     assert "'body.2.bias' requires grad, and the optimizer does not have it" in elsewhere
     assert "cannot run Adafactor: it gets slices of one long vector" in rows
     assert "cannot run LBFGS" in closing
@@ -620,3 +627,24 @@ def test_what_fills_up_the_last_parts_is_no_weight(tmp_path: Path) -> None:
     for saved, trained in together(work):
         assert saved == trained
         assert not any(torch.tensor(value).isnan().any() for value in saved.values())
+
+
+class Penalised(Deep):
+    """Uses a weight of a layer beside the layer."""
+
+    @ld.training_step
+    def step(self, batch: Any) -> Any:
+        penalty = sum((p.view(8, -1) ** 2).mean() for p in self.blocks.parameters())
+        return self.loss(batch) + penalty
+
+
+def test_a_parameter_that_is_not_there_is_explained() -> None:
+    """What torch says of shapes comes with the reason."""
+
+    def work() -> Any:
+        with pytest.raises(RuntimeError) as error:
+            ld.fit(Penalised(), loader(8), max_epochs=1, strategy=plugin(3), checkpoint=False, **QUIET)
+        return [*getattr(error.value, "__notes__", [str(error.value)])]
+
+    for notes in together(work):
+        assert sys.version_info < (3, 11) or "unless the module is being called" in notes[0]
