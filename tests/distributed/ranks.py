@@ -4,6 +4,7 @@ They find each other as under torchrun; kills and signals are real. What a rank 
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -50,7 +51,7 @@ def start(
         for rank in range(size):
             pid = os.fork()
             if pid == 0:
-                _child(work, Path(folder), joined.Place(rank, rank, size, size, port=store.port))
+                _child(work, Path(folder), joined.Place(rank, rank, size, size, port=store.port), patience)
             pids.append(pid)
         if act is not None:
             act(pids)
@@ -78,7 +79,7 @@ def die_together() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _child(work: Callable[[], Any], folder: Path, place: joined.Place) -> None:
+def _child(work: Callable[[], Any], folder: Path, place: joined.Place, patience: float) -> None:
     """Run in the forked process; never returns."""
     leader = folder / "leader"
     if place.rank == 0:
@@ -92,6 +93,7 @@ def _child(work: Callable[[], Any], folder: Path, place: joined.Place) -> None:
     output = os.open(folder / f"text-{place.rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    faulthandler.dump_traceback_later(0.9 * patience, file=output)  # where it hangs, if it does
     if place.world_size > 1:
         os.environ.update(place.variables() | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
     signal.signal(signal.SIGINT, signal.default_int_handler)
