@@ -5,6 +5,7 @@ They find each other as under torchrun; kills and signals are real. What a rank 
 
 import contextlib
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -81,6 +82,7 @@ def die_together() -> None:
 
 def _child(work: Callable[[], Any], folder: Path, place: joined.Place, patience: float) -> None:
     """Run in the forked process; never returns."""
+    gc.freeze()  # garbage of the parent may wait, as it ends, for a thread that was not forked
     leader = folder / "leader"
     if place.rank == 0:
         os.setpgid(0, 0)
