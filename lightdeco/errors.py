@@ -134,6 +134,19 @@ def _line(frame: FrameType) -> Line:
     return Line(frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__", "<unknown>"))
 
 
+def add_note(error: BaseException, text: str) -> bool:
+    """Add a line under an error; False before Python 3.11, where errors have no notes and nothing is done.
+
+    >>> add_note(ValueError("no"), "why") == hasattr(ValueError, "add_note")
+    True
+    """
+    add = getattr(error, "add_note", None)
+    if add is None:
+        return False
+    add(text)
+    return True
+
+
 def lost(text: object) -> bool:
     """Whether an error says no more than that another process of the run is gone.
 

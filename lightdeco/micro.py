@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .branch import Branch
 from .data import batch_size_of, cut_batch
-from .errors import DataError, SettingsError, StepError, warn
+from .errors import DataError, SettingsError, StepError, add_note, warn
 from .gathering import Gathered, Merge
 from .memory import is_out_of_memory
 from .seeds import repeater
@@ -63,11 +63,8 @@ def _noted(function: Callable[..., Any], why: str) -> Callable[..., Any]:
 
 def _note(error: BaseException, why: str) -> None:
     text = f"oom='micro' cannot make this step in smaller parts: {why}"
-    add_note = getattr(error, "add_note", None)  # Python 3.11
-    if add_note is None:
+    if not add_note(error, text):
         warn(text)
-    else:
-        add_note(text)
 
 
 class Micro:

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, Final, NoReturn
 
 from .child import SLOT
-from .errors import LaunchError, lost
+from .errors import LaunchError, add_note, lost
 
 #: How often the parent looks.
 _POLL_S: Final = 0.05
@@ -225,9 +225,7 @@ def _raise(first: Ending, ranks: Sequence[Rank]) -> NoReturn:
     whole.rank = culprit.number
     if first.error is None:
         raise whole
-    note = getattr(first.error, "add_note", None)  # Python 3.11
-    if note is not None:
-        note(first.text.rpartition("\n")[2])
+    add_note(first.error, first.text.rpartition("\n")[2])
     raise first.error from whole
 
 

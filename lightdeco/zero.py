@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import strategies
-from .errors import LaunchError, StepError, warn
+from .errors import LaunchError, StepError, add_note, warn
 from .optim import parameters_of
 from .session import Session
 from .steps import Steps
@@ -63,9 +63,8 @@ class Zero(Voting):
         try:
             yield
         except Exception as error:
-            add_note = getattr(error, "add_note", None)  # of Python 3.11
-            if self.stage == 3 and add_note is not None:
-                add_note(_NOT_THERE)
+            if self.stage == 3:
+                add_note(error, _NOT_THERE)
             raise
 
     def divide(self, optimizer: Optimizer, by: Any) -> None:
