@@ -1,11 +1,11 @@
 """What the loop asks of the other processes of a run, where there are none."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import repeat
 from time import monotonic
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from .data.loader import Loader
 from .group import Group
@@ -48,6 +48,9 @@ class Alone:
 
     def agree(self) -> None:
         """Between two epochs or after an evaluation: hear what the others wish."""
+
+    #: Makes gradients from a loss.
+    backward: Callable[[Tensor], None] = staticmethod(Tensor.backward)
 
     def align(self, model: nn.Module, weights: bool = False) -> None:
         """Give every process the buffers of rank 0, before an evaluation; `weights`: the parameters too."""

@@ -1,6 +1,7 @@
 """The ballot: one small parameter more, whose gradient carries what the processes of a run tell each other.
 
-DDP averages it with the gradients of the model: each process gets the mean of what all of them put in.
+Backward begins at the loss and at the ballot, whose gradient there is what the process has to say. DDP averages it with
+the gradients of the model: each process gets the mean of what all of them put in.
 """
 
 from collections.abc import Sequence
@@ -21,37 +22,39 @@ NO_SIGNALS: Final = [0.0] * (SIZE - SIGNALS)
 
 
 class SharedSteps(Steps):
-    """`Steps` with the ballot; a training step returns it beside its outputs, so that DDP finds it used."""
+    """`Steps` with the ballot; a training step returns it beside its outputs."""
 
     def __init__(self, model: nn.Module, calls: Any, training: frozenset[str]) -> None:
         super().__init__(model, calls)
         double = all(p.dtype == torch.float64 for p in model.parameters())
         self.ballot = nn.Parameter(torch.zeros(SIZE, dtype=torch.float64 if double else torch.float32))
         self._training = training
+        #: Whether DDP looks in the graph for the parameters that are used: then it must find the ballot there.
+        self.searched = False
 
     def forward(self, role: str, *offered: object) -> Any:
         """As `Steps.forward`; of a training step `(outputs, ballot)`."""
         method, select = self.calls[role]
         positional, keywords = select(offered)
         outputs = method(*positional, **keywords)
-        return (outputs, self.ballot.view(-1)) if role in self._training else outputs
+        if role not in self._training:
+            return outputs
+        return outputs, self.ballot.view(-1) if self.searched else self.ballot
 
 
 class Cast(torch.autograd.Function):
-    """loss * factor forward; backward the ballot gets the votes, whatever the gradient (a scaler's factor, say)."""
+    """A loss whose backward, which somebody else calls, gives the ballot the votes, whatever the loss is scaled by."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, slip: Tensor, factor: Any, votes: Tensor) -> Tensor:
-        """The loss times its factor."""
-        ctx.factor, ctx.votes = factor, votes
-        return loss.view_as(loss) if isinstance(factor, float) and factor == 1.0 else loss * factor
+    def forward(ctx: Any, loss: Tensor, slip: Tensor, votes: Tensor) -> Tensor:
+        """The loss."""
+        ctx.votes = votes
+        return loss.view_as(loss)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """The gradient times the factor, and the votes."""
-        grad, factor = grads[0], ctx.factor
-        scaled = grad if isinstance(factor, float) and factor == 1.0 else grad * factor
-        return scaled, ctx.votes, None, None
+        """The gradient, and the votes."""
+        return grads[0], ctx.votes, None
 
 
 def refuse_weightless(means: Sequence[float]) -> None:

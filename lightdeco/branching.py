@@ -60,6 +60,7 @@ def prepare_optimizers(s: Session, stack: ExitStack) -> None:
     _plain(s)
     _losses(s)
     if isinstance(s.peers, Peers):
+        s.peers.overridden = "backward" in s.call
         s.peers.needs_loss = settings.on_nan == "skip" or any(branch.closure for branch in s.branches)
     if isinstance(s.peers, Zero):
         s.peers.begin(s)
@@ -154,7 +155,7 @@ def _check_manual(s: Session, step: Hook) -> None:
 
 
 def _gradients(s: Session, branch: Branch) -> None:
-    branch.zero_grad, branch.backward = branch.optimizer.zero_grad, Tensor.backward
+    branch.zero_grad, branch.backward = branch.optimizer.zero_grad, s.peers.backward
     if "optimizer_zero_grad" in s.call:
         branch.zero_grad = partial(s.call["optimizer_zero_grad"], branch.optimizer)
     if "backward" in s.call:

@@ -47,8 +47,10 @@ class Peers(Alone):
         self._trained: frozenset[int] = frozenset()
         #: Whether DDP has averaged gradients since these parameters are trained.
         self._averaged = True
-        #: The ballot as the last forward returned it.
-        self.slip: Tensor | None = None
+        #: Whether a backward of the user's own is called, which knows of the loss alone.
+        self.overridden = False
+        #: The ballot as the last forward returned it, and what goes into it.
+        self._slip, self._votes = torch.empty(0), torch.empty(0)
         self._ballot: nn.Parameter | None = None
         self._stop, self._seconds = False, 0.0
         self._late: list[tuple[Tensor, Any]] = []
@@ -73,11 +75,12 @@ class Peers(Alone):
     def wrap(self, steps: SharedSteps, wrapped: nn.Module, again: Callable[[nn.Module], nn.Module]) -> Any:
         """The training steps behind what accelerate wrapped around them; `again` wraps them in DDP anew."""
         self._ballot, self._wrapped, self._again = steps.ballot, wrapped, again
+        steps.searched = getattr(wrapped, "find_unused_parameters", False)
         self.refresh()
 
         def step(key: str, *inputs: object) -> Any:
             try:
-                outputs, self.slip = self._wrapped(key, *inputs)
+                outputs, self._slip = self._wrapped(key, *inputs)
             except RuntimeError as error:
                 if (names := unused.named(error, self._wrapped)) is None:
                     raise
@@ -107,18 +110,25 @@ class Peers(Alone):
         return (*ENDS, self.signals.requeues)
 
     def cast(self, loss: Tensor, factor: Any, last: bool) -> Tensor:
-        """The loss times its factor, connected with the ballot; the wishes go with the last one of an update."""
-        assert self.slip is not None
+        """The loss times its factor, and the votes for its backward; the wishes go with the last one of an update."""
         wishes = self.wishes() if last else [0.0] * SIZE
         if not isinstance(factor, Tensor):
             wishes[FACTOR] = factor
         # A copy: autograd may take it as it is for the gradient, in which DDP writes.
-        votes = self.template(wishes, self.slip.dtype, self.slip.device).clone()
+        votes = self.template(wishes, self._slip.dtype, self._slip.device).clone()
         if isinstance(factor, Tensor):
             votes[FACTOR] = factor
         if self.needs_loss:
             votes[LOSS] = loss.detach() * factor
-        return Cast.apply(loss, self.slip, factor, votes)  # type: ignore[no-any-return]
+        scaled = loss if isinstance(factor, float) and factor == 1.0 else loss * factor
+        if self.overridden:
+            return Cast.apply(scaled, self._slip, votes)  # type: ignore[no-any-return]
+        self._votes = votes
+        return scaled
+
+    def backward(self, loss: Tensor) -> None:
+        """Make gradients from the loss as `cast` returned it, times any scale; that of the ballot are the votes."""
+        torch.autograd.backward((loss, self._slip), (None, self._votes))
 
     def template(self, wishes: list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
         """The wishes as a tensor, the same one as long as they are the same: to make one waits for a GPU."""

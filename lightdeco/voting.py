@@ -41,6 +41,10 @@ class Voting(Peers):
     def refresh(self) -> None:
         """Nothing: torch looks itself at what requires grad."""
 
+    def backward(self, loss: Tensor) -> None:
+        """Make gradients; the votes go by themselves."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
     def cast(self, loss: Tensor, factor: Any, last: bool) -> Tensor:
         """The loss times its factor."""
         self._factors = self._factors + factor

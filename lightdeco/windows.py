@@ -18,7 +18,7 @@ class Agreeing(Protocol):
         """Whether the next backward averages the gradients."""
 
     def cast(self, loss: Tensor, factor: Any, last: bool) -> Tensor:
-        """The loss times its factor, connected with the ballot."""
+        """The loss times its factor, as it goes into backward."""
         ...
 
     def count(self, optimizer: Optimizer) -> None:
