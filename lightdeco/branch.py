@@ -48,6 +48,20 @@ def others(optimizer: Optimizer, parameters: Sequence[Parameter]) -> list[Parame
     return [p for p in parameters if id(p) not in own]
 
 
+def clearing(optimizer: Optimizer) -> Callable[[], object]:
+    """What clears the gradients: the `zero_grad` of the optimizer, or the same without notes for torch's profiler."""
+    if type(optimizer).zero_grad is not Optimizer.zero_grad or "zero_grad" in vars(optimizer):
+        return optimizer.zero_grad  # somebody's own
+    groups = optimizer.param_groups
+
+    def clear() -> None:
+        for group in groups:
+            for p in group["params"]:
+                p.grad = None
+
+    return clear
+
+
 @dataclass
 class Branch:
     """One training step, and what it updates. Most runs have one; several optimizers have one each."""

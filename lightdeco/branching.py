@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from . import scaling, strategies
-from .branch import Branch
+from .branch import Branch, clearing
 from .errors import LaunchError, MarkError, SettingsError, nearest, warn
 from .manual import Manual, refuse_settings
 from .metrics import Series
@@ -57,13 +57,13 @@ def prepare_optimizers(s: Session, stack: ExitStack) -> None:
     call.setdefault("lr_scheduler_step", step_scheduler)
     call.setdefault("optimizer_step", lambda optimizer, closure: optimizer.step(closure))
     s.parted = len(steps) > 1 or manual or s.branches[0].every != 1 or "split_batch" in call
-    _plain(s)
     _losses(s)
     if isinstance(s.peers, Peers):
         s.peers.overridden = "backward" in s.call
         s.peers.needs_loss = settings.on_nan == "skip" or any(branch.closure for branch in s.branches)
     if isinstance(s.peers, Zero):
         s.peers.begin(s)
+    _plain(s)
     if settings.oom == "micro":
         from .micro import join
 
@@ -155,7 +155,7 @@ def _check_manual(s: Session, step: Hook) -> None:
 
 
 def _gradients(s: Session, branch: Branch) -> None:
-    branch.zero_grad, branch.backward = branch.optimizer.zero_grad, s.peers.backward
+    branch.zero_grad, branch.backward = clearing(branch.optimizer), s.peers.backward
     if "optimizer_zero_grad" in s.call:
         branch.zero_grad = partial(s.call["optimizer_zero_grad"], branch.optimizer)
     if "backward" in s.call:
@@ -185,11 +185,11 @@ def _scaled(scaler: scaling.Scaler, backward: Callable[[Any], object], loss: Ten
 
 
 def _plain(s: Session) -> None:
-    """Find out whether an update is nothing but `optimizer.step()`."""
+    """Find out whether an update is nothing but `optimizer.step()`, and a mean before it."""
     branch = s.branches[0]
     by_step = branch.optim is not None and branch.optim.scheduler is not None and branch.optim.interval == "step"
-    more = s.group.size > 1 or branch.closure or by_step or "clip_gradients" in s.call or s.settings.on_nan == "skip"
-    more = more or branch.scaler is not None
+    more = branch.closure or by_step or "clip_gradients" in s.call or s.settings.on_nan == "skip"
+    more = more or branch.scaler is not None or branch.apply is not None
     s.plain_update = not more and s.heard("on_before_optimizer_step") is None
 
 

@@ -256,7 +256,7 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
                     if on_before_zero is not None:
                         on_before_zero(optimizer)
                     zero_grad()
-                if not single:
+                if size > 1:
                     window.coming(last)
                 reseed(seed)
                 outputs = step("training_step", batch, batch_idx, dataloader_idx, None)
@@ -273,11 +273,14 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
                 if scalars or metrics:
                     log_result(run, "train/", scalars, metrics, weight)
                 progress.batch += 1  # before the update: after an error in it, nothing can be saved
-                updated = single
+                updated = single or window.complete(last)
                 if plain and updated:
+                    if not single:
+                        window.normalise(optimizer)
+                        window.begin()
                     optimizer.step()
                     progress.global_step += 1
-                elif updated or window.complete(last):
+                elif updated:
                     updated = update(s, branch, scaled, (batch, batch_idx, dataloader_idx, None), partial(reseed, seed))
 
             if on_end is not None:

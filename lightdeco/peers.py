@@ -56,6 +56,8 @@ class Peers(Alone):
         self._late: list[tuple[Tensor, Any]] = []
         #: The wishes of the last step, and the same as a tensor.
         self._wishes, self._template = list[float](), torch.empty(0)
+        #: What the last update agreed on, if there was nothing to do.
+        self._usual = list[float]()
 
     @property
     def stop(self) -> bool:
@@ -164,10 +166,14 @@ class Peers(Alone):
             self._read_later(votes)
             return
         numbers = votes.tolist()
+        if numbers == self._usual:
+            return
         self._read(numbers)
         refuse_weightless(numbers)
         if numbers[FACTOR] != 1.0:
             self.divide(optimizer, numbers[FACTOR])
+        elif not any(numbers[STOP:]):
+            self._usual = numbers
 
     def divide(self, optimizer: Optimizer, by: Any) -> None:
         """Divide the optimizer's gradients, by a number or a 0-dim tensor on their device."""
@@ -240,7 +246,7 @@ class Peers(Alone):
     def together(self, batches: Any) -> Any:
         """Where processes may have different numbers of batches, they ask each other before each one."""
         for batch in batches:
-            beat(self.run.global_step, "training")
+            beat(self.run.progress.global_step, "training")
             if self.uneven and not self._all(True):
                 warn("the processes have different numbers of batches: what some have more is left out of the epoch")
                 return

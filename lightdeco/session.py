@@ -95,7 +95,7 @@ class Session:
     scalers: dict[str, Scaler] = field(default_factory=dict)
     """Of the losses, by the name of the optimizer; empty but with fp16."""
     plain_update: bool = False
-    """Whether an update of one batch is `optimizer.step()` and nothing else."""
+    """Whether an update is `optimizer.step()` and nothing else, but for a mean over its window before."""
     means: Means = field(init=False)
     """The metrics of training."""
     saver: Saving | None = None

@@ -35,6 +35,7 @@ class SharedWindow(Window):
         self._peers = peers
         super().__init__(size)
         self.plain = False
+        peers.sync(True)  # a window of one batch is not asked for what is coming
 
     def coming(self, last: bool) -> None:
         """Before the step of a micro-batch: only the window's last one is averaged."""

@@ -65,7 +65,7 @@ class Loader:
         self._seed = seed
         self._source = _source(loader, share)
         # An indexed source reads its own part alone; of other sources all is read, and the rest is dropped.
-        self._share = _ALL if isinstance(self._source, IndexedSource) else share
+        self._share = _ALL if isinstance(self._source, (IndexedSource, _Listed)) else share
         self.exact = self._source.exact
         self.stream_workers: int | None = getattr(self._source, "workers", None)
 
@@ -134,7 +134,7 @@ def _source(loader: Any, share: Share = _ALL) -> _Source:
     if isinstance(loader, CombinedLoader):
         return _Combined(loader)
     if type(loader) in (list, tuple):
-        return _Listed(loader)
+        return _Listed(loader, share)
     if not rebuildable(loader):
         return _Opaque(loader)
     return StreamedSource(loader) if is_stream(loader) else IndexedSource(loader, share)
@@ -146,15 +146,16 @@ class _Listed:
     exact = True
     dataloader_idx = 0
 
-    def __init__(self, given: list[Any] | tuple[Any, ...]) -> None:
-        self._given = given
+    def __init__(self, given: list[Any] | tuple[Any, ...], share: Share) -> None:
+        self._given, self._share = given, share
 
     @property
     def first(self) -> Any:
         return self._given[0] if self._given else None
 
     def batches(self, seed: int, epoch: int, start: int) -> Batches:
-        yield from self._given[start:] if start else self._given
+        own = self._share.part(self._given)
+        yield from own[start:] if start else own
 
     def count(self, seed: int, epoch: int) -> int:
         return len(self._given)

@@ -1,6 +1,6 @@
 """Which batches of the one-process order belong to which process."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -34,6 +34,16 @@ class Share(NamedTuple):
         if self.filled and count and 0 < over <= self.rank:
             place = count - over + self.rank
             yield place, first[(place - count) % count]
+
+    def part(self, batches: Sequence[T]) -> Sequence[T]:
+        """The same of batches that are there."""
+        if self.size == 1:
+            return batches
+        own = batches[self.rank :: self.size]
+        over = len(batches) % self.size
+        if self.filled and 0 < over <= self.rank:
+            own = [*own, batches[(self.rank - over) % len(batches)]]
+        return own
 
     def length(self, total: int) -> int:
         """How many of `total` batches this rank has."""
