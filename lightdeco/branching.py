@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import scaling, strategies
 from .branch import Branch, clearing
+from .ddp import Balloting
 from .errors import LaunchError, MarkError, SettingsError, nearest, warn
 from .manual import Manual, refuse_settings
 from .metrics import Series
@@ -58,8 +59,9 @@ def prepare_optimizers(s: Session, stack: ExitStack) -> None:
     call.setdefault("optimizer_step", lambda optimizer, closure: optimizer.step(closure))
     s.parted = len(steps) > 1 or manual or s.branches[0].every != 1 or "split_batch" in call
     _losses(s)
-    if isinstance(s.peers, Peers):
+    if isinstance(s.peers, Balloting):
         s.peers.overridden = "backward" in s.call
+    if isinstance(s.peers, Peers):
         s.peers.needs_loss = settings.on_nan == "skip" or any(branch.closure for branch in s.branches)
     if isinstance(s.peers, Zero):
         s.peers.begin(s)

@@ -112,7 +112,6 @@ def make_accelerator(settings: Settings, configured: dict[str, Any], several: bo
     others = [handler for handler in meant.get("kwargs_handlers", ()) if type(handler) not in map(type, handlers)]
     arguments |= configured | {"kwargs_handlers": [*handlers, *others]}
     arguments = fp8.with_recipe(settings, kind, arguments)
-    strategies.refuse_compression(arguments.get("kwargs_handlers") or ())
     if isinstance(settings.devices, list) and len(settings.devices) == 1 and kind == "cuda" and not joined():
         torch.cuda.set_device(settings.devices[0])
         os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{settings.devices[0]}"

@@ -1,21 +1,20 @@
 """What the processes of a run agree on: how much each gradient counts, what time it is, who asks to stop.
 
-With `Peers`, all of it rides in the all-reduce of the gradients (see ballot.py). So an update costs one all-reduce, and
-every process stops, saves and clips at the same step.
+So every process stops, saves and clips at the same step. Who averages the gradients is a class of its own: torch's DDP
+(ddp.py), lightdeco itself for a small model (flat.py), FSDP and DeepSpeed (voting.py); here, for a step that calls
+backward itself, nobody before the update.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import monotonic
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from . import unused
 from .alone import Alone
-from .ballot import FACTOR, LOSS, NO_SIGNALS, SECONDS, SIGNALS, SIZE, STOP, Cast, SharedSteps, refuse_weightless
+from .ballot import FACTOR, LOSS, NO_SIGNALS, SECONDS, SIGNALS, SIZE, STOP, refuse_weightless
 from .child import beat
 from .data import batch_size_of
 from .data.loader import Loader
@@ -29,7 +28,7 @@ from .windows import SharedWindow
 
 
 class Peers(Alone):
-    """One process of several."""
+    """One process of several; the gradients of an update and what else is agreed on are averaged by `average`."""
 
     def __init__(self, run: Run, signals: Signals, group: Group) -> None:
         super().__init__(run, signals)
@@ -43,15 +42,12 @@ class Peers(Alone):
         #: Whether processes may have different numbers of batches.
         self.uneven = False
         self.loss = torch.zeros(())
-        self._wrapped: nn.Module = nn.Identity()
-        self._trained: frozenset[int] = frozenset()
-        #: Whether DDP has averaged gradients since these parameters are trained.
-        self._averaged = True
-        #: Whether a backward of the user's own is called, which knows of the loss alone.
-        self.overridden = False
-        #: The ballot as the last forward returned it, and what goes into it.
-        self._slip, self._votes = torch.empty(0), torch.empty(0)
-        self._ballot: nn.Parameter | None = None
+        double = all(p.dtype == torch.float64 for p in run.model.parameters())
+        #: Of what is agreed on.
+        self.dtype = torch.float64 if double else torch.float32
+        #: The sums over the window: of the factors, and of the losses times their factors.
+        self._factors: Any = 0.0
+        self._losses: Any = 0.0
         self._stop, self._seconds = False, 0.0
         self._late: list[tuple[Tensor, Any]] = []
         #: The wishes of the last step, and the same as a tensor.
@@ -74,31 +70,8 @@ class Peers(Alone):
 
     # ---- with the gradients ------------------------------------------------------------------------------------------
 
-    def wrap(self, steps: SharedSteps, wrapped: nn.Module, again: Callable[[nn.Module], nn.Module]) -> Any:
-        """The training steps behind what accelerate wrapped around them; `again` wraps them in DDP anew."""
-        self._ballot, self._wrapped, self._again = steps.ballot, wrapped, again
-        steps.searched = getattr(wrapped, "find_unused_parameters", False)
-        self.refresh()
-
-        def step(key: str, *inputs: object) -> Any:
-            try:
-                outputs, self._slip = self._wrapped(key, *inputs)
-            except RuntimeError as error:
-                if (names := unused.named(error, self._wrapped)) is None:
-                    raise
-                raise unused.refusal(names) from error
-            return outputs
-
-        return step
-
-    def refresh(self) -> None:
-        """Wrap the steps anew when other parameters require grad than before; DDP would not average them."""
-        trained = frozenset(id(p) for p in self._wrapped.parameters() if p.requires_grad)
-        if trained == self._trained:
-            return
-        if self._trained and isinstance(self._wrapped, DistributedDataParallel):
-            self._wrapped = self._again(self._wrapped.module)
-        self._trained, self._averaged = trained, False
+    def sync(self, on: bool) -> None:
+        """Before a step: whether its backward is the last one of an update."""
 
     def wishes(self) -> list[float]:
         """What this process asks for: a list of `SIZE` numbers, its part of the sum; seconds by tenths."""
@@ -112,45 +85,51 @@ class Peers(Alone):
         return (*ENDS, self.signals.requeues)
 
     def cast(self, loss: Tensor, factor: Any, last: bool) -> Tensor:
-        """The loss times its factor, and the votes for its backward; the wishes go with the last one of an update."""
-        wishes = self.wishes() if last else [0.0] * SIZE
+        """Before backward: the loss times its factor; `last`: it is the last one of an update."""
+        self._factors = self._factors + factor
+        if self.needs_loss:
+            self._losses = self._losses + loss.detach() * factor
+        return scaled(loss, factor)
+
+    def backward(self, loss: Tensor) -> None:
+        """Make gradients from the loss as `cast` returned it, times any scale."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def votes(self) -> Tensor:
+        """What this process says to an update: its wishes, and the sums over the window, which begin anew."""
+        votes = self.said(self.wishes(), self._factors, self._losses)
+        self._factors = self._losses = 0.0
+        return votes
+
+    def said(self, wishes: list[float], factor: Any, loss: Any) -> Tensor:
+        """A new tensor of the wishes, the factor and, where all need it, the loss times its factor.
+
+        It is copied from one that is kept as long as they are the same: to make one waits for a GPU.
+        """
         if not isinstance(factor, Tensor):
             wishes[FACTOR] = factor
-        # A copy: autograd may take it as it is for the gradient, in which DDP writes.
-        votes = self.template(wishes, self._slip.dtype, self._slip.device).clone()
+        if wishes != self._wishes:
+            self._wishes, self._template = wishes, torch.tensor(wishes, dtype=self.dtype, device=self.run.device)
+        votes = self._template.clone()
         if isinstance(factor, Tensor):
             votes[FACTOR] = factor
         if self.needs_loss:
-            votes[LOSS] = loss.detach() * factor
-        scaled = loss if isinstance(factor, float) and factor == 1.0 else loss * factor
-        if self.overridden:
-            return Cast.apply(scaled, self._slip, votes)  # type: ignore[no-any-return]
-        self._votes = votes
-        return scaled
-
-    def backward(self, loss: Tensor) -> None:
-        """Make gradients from the loss as `cast` returned it, times any scale; that of the ballot are the votes."""
-        torch.autograd.backward((loss, self._slip), (None, self._votes))
-
-    def template(self, wishes: list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The wishes as a tensor, the same one as long as they are the same: to make one waits for a GPU."""
-        if wishes != self._wishes:
-            self._wishes, self._template = wishes, torch.tensor(wishes, dtype=dtype, device=device)
-        return self._template
+            votes[LOSS] = loss
+        return votes
 
     def count(self, optimizer: Optimizer) -> None:
-        """After backward: read the ballot, and divide the optimizer's gradients by the mean of all factors.
+        """After backward: agree, and divide the optimizer's gradients by the mean of all factors.
 
         Raises:
-            StepError: every weight of the window was 0, or some parameters got no gradient, for which DDP waits.
+            StepError: every weight of the window was 0.
         """
-        assert self._ballot is not None and self._ballot.grad is not None
-        if not self._averaged:  # once: DDP itself notices it at the next forward, which may be in no run of one update
-            self._averaged = True
-            if names := unused.without_gradient(self._wrapped):
-                raise unused.refusal(names)
-        votes, self._ballot.grad = self._ballot.grad, None
-        self.tally(votes, optimizer)
+        self.tally(self.means(), optimizer)
+
+    def means(self) -> Tensor:
+        """The means of what all processes say to an update."""
+        votes = self.votes()
+        torch.distributed.all_reduce(votes)
+        return votes / self.size
 
     def tally(self, votes: Tensor, optimizer: Optimizer) -> None:
         """Take over what was agreed, and divide the optimizer's gradients by the mean factor; `votes` are means.
@@ -185,8 +164,7 @@ class Peers(Alone):
         For a step that calls backward itself, which DDP cannot see. A parameter without a gradient on any process keeps
         none.
         """
-        if self._ballot is not None:
-            self._ballot.grad = None
+        self._factors = self._losses = 0.0
         parameters = [p for p in parameters_of(optimizer) if p.requires_grad]
         device, dtype = parameters[0].device, parameters[0].dtype
         wishes = torch.tensor(self.wishes(), device=device, dtype=dtype) / self.size
@@ -203,12 +181,6 @@ class Peers(Alone):
         for p, count, grad in zip(parameters, head[SIZE:], torch.split(flat[len(head) :], sizes), strict=True):
             if count:
                 p.grad = grad.view_as(p).to(p.dtype, copy=True)
-
-    def sync(self, on: bool) -> None:
-        """Whether the next backward averages the gradients."""
-        wrapped = self._wrapped  # to set an attribute of a module costs 1 µs
-        if isinstance(wrapped, DistributedDataParallel) and wrapped.require_backward_grad_sync is not on:
-            wrapped.require_backward_grad_sync = on
 
     # ---- without gradients -------------------------------------------------------------------------------------------
 
@@ -283,3 +255,8 @@ class Peers(Alone):
             numbers, there = self._late.pop(0)
             there.synchronize()
             self._read(numbers.tolist())
+
+
+def scaled(loss: Tensor, factor: Any) -> Tensor:
+    """The loss times its factor; itself where that is 1."""
+    return loss if isinstance(factor, float) and factor == 1.0 else loss * factor

@@ -59,7 +59,7 @@ class ShardedSteps(Steps):
 def wrap(s: Session, calls: Any) -> None:
     """Cut the model, and make of the marked steps what training and evaluation call: forwards of the cut model."""
     assert s.run.accelerator is not None
-    s.peers = peers = Voting(s)
+    s.peers = peers = Voting(s.run, s.signals, s.group)
     s.held = InParts(s.group)
     _shard(s, peers)
     s.steps = steps = ShardedSteps(s.plan.model, calls)

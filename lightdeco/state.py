@@ -6,7 +6,7 @@ from itertools import zip_longest
 from time import monotonic
 from typing import Any, Final
 
-from . import ranks, xla
+from . import ranks, strategies, xla
 from .callbacks.model_checkpoint import POLICY
 from .checkpoint import State
 from .counted import counted, metric_modules, set_counted
@@ -84,6 +84,12 @@ def restore(s: Session, state: State) -> None:
         if key in state.callbacks:
             thing.load_state_dict(state.callbacks[key])
     _compare_data(s, state.data)
+    compression = strategies.compression(None if run.accelerator is None else run.accelerator.ddp_handler)
+    if compression is not None and "power_sgd" in compression:
+        warn(
+            f"comm_hook={compression!r} keeps what it has not sent yet, and a checkpoint does not hold that: the run goes on, "
+            "but not to the bit as if it had not been interrupted"
+        )
     progress = run.progress
     for field in asdict(progress):
         if field != "calls" and field in state.progress:  # not there in checkpoints of an earlier version

@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -66,7 +66,7 @@ def check(settings: Settings, kind: str, processes: int, plan: Plan | None) -> N
     """Refuse a strategy that this machine, or so many processes, or these settings and marks cannot run.
 
     Raises:
-        LaunchError: where accelerate would run another strategy in silence, or gradients would be compressed.
+        LaunchError: where accelerate would run another strategy in silence.
         SettingsError: it is no plugin of accelerate, or another setting does not go with it.
     """
     name = name_of(settings)
@@ -77,21 +77,19 @@ def check(settings: Settings, kind: str, processes: int, plan: Plan | None) -> N
             "strategy='fsdp' (its FSDP_… variables count then), or configure the launcher anew"
         )
     if name == "ddp":
-        if not isinstance(settings.strategy, str):
-            refuse_compression([settings.strategy])
-    elif kind not in ("cpu", "cuda"):
+        return
+    if kind not in ("cpu", "cuda"):
         raise LaunchError(f"strategy={name!r} runs on GPUs and CPUs, and this run is on {kind!r}")
-    elif processes < 2:
+    if processes < 2:
         raise LaunchError(
             f"strategy={name!r} cuts a model into parts for several processes, and this run has one: give devices=2 or "
             "more, or leave strategy out"
         )
+    _refuse_beside_parts(name, settings, plan)
+    if name == "fsdp":
+        _refuse_beside_fsdp(settings)
     else:
-        _refuse_beside_parts(name, settings, plan)
-        if name == "fsdp":
-            _refuse_beside_fsdp(settings)
-        else:
-            _refuse_beside_deepspeed(settings, plan)
+        _refuse_beside_deepspeed(settings, plan)
 
 
 def _refuse_beside_parts(strategy: str, settings: Settings, plan: Plan | None) -> None:
@@ -188,17 +186,10 @@ def _true(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("1", "true", "yes", "y", "on", "t")
 
 
-def refuse_compression(handlers: Iterable[object]) -> None:
-    """What the processes agree on is a gradient of its own (ballot.py), which must arrive as it was sent."""
-    from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
+def compression(handler: Any) -> str | None:
+    """The name of the hook that compresses gradients, in accelerate's options of DDP; None: there is none."""
+    from accelerate.utils import DDPCommunicationHookType
 
-    for handler in handlers:
-        if not isinstance(handler, DistributedDataParallelKwargs):
-            continue
-        for name in ("comm_hook", "comm_wrapper"):
-            hook = getattr(handler, name)
-            if hook != DDPCommunicationHookType.NO:
-                raise LaunchError(
-                    f"{name}={hook}: what the processes tell each other (the weights of batches, the time, who asks to "
-                    "stop) travels with the gradients and would be rounded with them, or overflow; leave it out"
-                )
+    if handler is None or handler.comm_hook == DDPCommunicationHookType.NO:
+        return None
+    return str(handler.comm_hook.value)

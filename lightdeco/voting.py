@@ -4,12 +4,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from .ballot import FACTOR, LOSS
 from .peers import Peers
-from .session import Session
 
 _NONE: Final = object()
 
@@ -20,14 +17,6 @@ class Voting(Peers):
     What they agree on goes in an all-reduce of its own, once for an update.
     """
 
-    def __init__(self, s: Session) -> None:
-        super().__init__(s.run, s.signals, s.group)
-        double = all(p.dtype == torch.float64 for p in s.plan.model.parameters())
-        self._dtype = torch.float64 if double else torch.float32
-        #: The sums over the window: of the factors, and of the losses times their factors.
-        self._factors: Any = 0.0
-        self._losses: Any = 0.0
-
     def calling(self, wrapped: Callable[..., Any]) -> Callable[..., Any]:
         """The training steps; each first gives all processes the buffers of rank 0, as DDP does."""
         model = self.run.model
@@ -37,32 +26,6 @@ class Voting(Peers):
             return wrapped(key, *inputs)
 
         return step
-
-    def refresh(self) -> None:
-        """Nothing: torch looks itself at what requires grad."""
-
-    def backward(self, loss: Tensor) -> None:
-        """Make gradients; the votes go by themselves."""
-        loss.backward()  # type: ignore[no-untyped-call]
-
-    def cast(self, loss: Tensor, factor: Any, last: bool) -> Tensor:
-        """The loss times its factor."""
-        self._factors = self._factors + factor
-        if self.needs_loss:
-            self._losses = self._losses + loss.detach() * factor
-        return loss if isinstance(factor, float) and factor == 1.0 else loss * factor
-
-    def count(self, optimizer: Optimizer) -> None:
-        """After backward: agree, and divide the optimizer's gradients by the mean of all factors.
-
-        Raises:
-            StepError: every weight of the window was 0.
-        """
-        votes = self.template(self.wishes(), self._dtype, self.run.device).clone()
-        votes[FACTOR], votes[LOSS] = self._factors, self._losses
-        self._factors = self._losses = 0.0
-        torch.distributed.all_reduce(votes)
-        self.tally(votes / self.size, optimizer)
 
     def average(self, optimizer: Optimizer, factor: Any) -> None:
         """As `count`: each backward has averaged its gradients already."""

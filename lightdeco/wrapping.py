@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import fp8, launch, sharding, xla, zero
+from . import flat, fp8, launch, sharding, strategies, xla, zero
 from .alone import Alone
 from .ballot import SharedSteps
+from .ddp import Balloting, InDDP
 from .dtensor import is_sharded
 from .errors import LaunchError, warn
+from .flat import Flat
 from .peers import Peers
 from .session import Session
 from .steps import Steps
@@ -56,23 +58,37 @@ def wrap(s: Session) -> None:
     _refuse_without_effect(s)
     if not shared:
         s.peers = Alone(run, s.signals)
-        s.steps = Steps(model, calls)
         with xla.same_parameters(model, run.device):
-            s.wrapped = accelerator.prepare_model(s.steps, evaluation_mode=s.plan.verb != "fit")
-        # Where nothing wraps the steps, training calls its own without the way round.
-        s.bare = s.wrapped is s.steps and "forward" not in vars(s.steps)
+            _wrap_for_autocast(s, calls)
         return
     if settings.sync_batchnorm:
         s.stack.callback(_synchronise_batchnorm(model, run.device))
-    s.peers = together = Peers(run, s.signals, s.group)
+    hooked = strategies.compression(accelerator.ddp_handler)
     if manual:  # calls backward inside of its forward, where DDP cannot follow: `Peers.average` instead
-        s.steps = Steps(model, calls)
-        s.wrapped = accelerator.prepare_model(s.steps, evaluation_mode=True)
-        together.align(model, weights=True)
-        return
-    s.steps = steps = SharedSteps(model, calls, training)
-    again = partial(_in_ddp, accelerator, run.device)
-    s.wrapped = together.wrap(steps, accelerator.prepare_model(steps), again)
+        if hooked:
+            warn(f"comm_hook={hooked!r} has no effect: a manual step averages its gradients without DDP")
+        s.peers = Peers(run, s.signals, s.group)
+        _wrap_for_autocast(s, calls)
+        s.peers.align(model, weights=True)
+    elif accelerator.ddp_handler is None and flat.fits(s):
+        s.peers = peers = Flat(run, s.signals, s.group)
+        _wrap_for_autocast(s, calls)
+        peers.begin()
+    else:
+        s.steps = Steps(model, calls) if hooked else SharedSteps(model, calls, training)
+        s.peers = together = (InDDP if hooked else Balloting)(run, s.signals, s.group)
+        s.wrapped = together.wrap(
+            s.steps, accelerator.prepare_model(s.steps), partial(_in_ddp, accelerator, run.device)
+        )
+
+
+def _wrap_for_autocast(s: Session, calls: Any) -> None:
+    """The steps with nothing else around them."""
+    assert s.run.accelerator is not None
+    s.steps = Steps(s.plan.model, calls)
+    s.wrapped = s.run.accelerator.prepare_model(s.steps, evaluation_mode=s.plan.verb != "fit" or s.group.size > 1)
+    # Where nothing wraps them at all, training calls its own without the way round.
+    s.bare = s.wrapped is s.steps and "forward" not in vars(s.steps)
 
 
 def _in_ddp(accelerator: "Accelerator", device: torch.device, module: nn.Module) -> nn.Module:

@@ -36,7 +36,7 @@ class Zero(Voting):
     """One process of several around which DeepSpeed's engine is built, once there is an optimizer."""
 
     def __init__(self, s: Session, stage: int) -> None:
-        super().__init__(s)
+        super().__init__(s.run, s.signals, s.group)
         self.stage = stage
         #: DeepSpeed's; there once `begin` was called.
         self.engine: Any = None

@@ -343,20 +343,3 @@ def test_without_torch_xla_a_tpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         fit(Net(), accelerator="xla")
     assert fit(Net(), accelerator="auto").device.type != "xla"
     assert not list(Path("runs").glob("*/version_1"))
-
-
-def test_compression_of_gradients_is_refused() -> None:
-    """What the processes agree on travels with the gradients; in fp16 a large weight would become infinite."""
-    from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
-
-    hook = DistributedDataParallelKwargs(comm_hook=DDPCommunicationHookType.FP16)
-    with pytest.raises(ld.LaunchError, match=r"comm_hook=fp16: .* leave it out"):
-        fit(Net(), strategy=hook, accelerator="cpu")
-
-    class Configured(Net):
-        @ld.configure_accelerator
-        def arguments(self) -> dict[str, Any]:
-            return {"kwargs_handlers": [hook]}
-
-    with pytest.raises(ld.LaunchError, match=r"comm_hook=fp16: .* leave it out"):
-        fit(Configured(), accelerator="cpu")

@@ -14,7 +14,7 @@ The user's loader is not changed: a copy of it reads the same dataset by the sam
 
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Any
 
 import torch
@@ -73,11 +73,13 @@ class _Order:
         return self.fetches(*self.place)
 
     def fetches(self, seed: int, epoch: int, start: int) -> Iterator[Fetch]:
-        """What this process reads of an epoch, from its batch `start` on."""
+        """What this process reads of an epoch, from its batch `start` on; of torch's samplers 64 at a time: faster."""
         indices = self._indices(seed, epoch)
         numbered = enumerate(indices) if self._share.size == 1 else self._share.own(indices)
-        for place, index in islice(numbered, start, None):
-            yield Fetch(seeds.data_seed(seed, epoch, place), index)
+        one_by_one = (Fetch(seeds.data_seed(seed, epoch, k), index) for k, index in islice(numbered, start, None))
+        if not self._draws_once:
+            return one_by_one
+        return chain.from_iterable(iter(lambda: list(islice(one_by_one, 64)), []))
 
     def _indices(self, seed: int, epoch: int) -> Iterator[Any]:
         seeds.seed_all(seeds.order_seed(seed, epoch))

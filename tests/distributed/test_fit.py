@@ -146,8 +146,22 @@ def trained(model: nn.Module, batch_size: int, **settings: Any) -> tuple[list[Te
     return [p.detach().clone() for p in model.parameters()], run
 
 
+class Normed(Net):
+    """Has buffers, so that "auto" is torch's DDP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8, momentum=None, affine=False).eval()
+
+    def loss(self, batch: Any) -> Tensor:
+        return F.cross_entropy(self.body(self.norm(batch[0])), batch[1])
+
+
+#: "ddp" is torch's DDP; "auto" averages the gradients of these small models itself, where it can.
+STRATEGIES = ("auto", "ddp")
 CASES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "plain": (Net, {}),
+    "buffers": (Normed, {}),
     "weights": (Weighted, {}),
     "accumulation": (Net, {"accumulate_grad_batches": 4}),  # 6 batches an epoch: the last window is short
     "weights and accumulation": (Weighted, {"accumulate_grad_batches": {0: 2, 1: 3}}),
@@ -161,18 +175,18 @@ CASES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 }
 
 
-def train_all(names: list[str], folder: Path) -> dict[str, Any]:
+def train_all(names: list[str], folder: Path) -> dict[tuple[str, str], Any]:
     """In a started process: every case with batches of 8, gradients compared between the ranks."""
     found = {}
-    for name in names:
+    for name, strategy in itertools.product(names, STRATEGIES):
         kind, settings = CASES[name]
-        weights, run = trained(kind(), 8, **settings)
+        weights, run = trained(kind(), 8, strategy=strategy, **settings)
         everywhere: list[Any] = [None, None]
         torch.distributed.init_process_group("gloo", store=_store(), rank=_rank(), world_size=2)
         torch.distributed.all_gather_object(everywhere, weights)
         torch.distributed.destroy_process_group()
         equal = all(torch.equal(a, b) for a, b in zip(*everywhere, strict=True))
-        found[name] = (weights, dict(run.metrics), run.global_step, equal)
+        found[name, strategy] = (weights, dict(run.metrics), run.global_step, equal)
     return found
 
 
@@ -192,12 +206,13 @@ def on_two() -> Any:
     return start(train_all, list(CASES), 2)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_with_half_the_batch_are_one_with_all_of_it(on_two: Any, name: str) -> None:
+def test_two_processes_with_half_the_batch_are_one_with_all_of_it(on_two: Any, name: str, strategy: str) -> None:
     """Weights, metrics and steps are equal to float tolerance; weights are bit-equal on both ranks."""
     kind, settings = CASES[name]
     expected, run = trained(kind(), 16, **settings)
-    weights, metrics, steps, equal = on_two[name]
+    weights, metrics, steps, equal = on_two[name, strategy]
     assert equal
     assert steps == run.global_step
     tolerance = {"rtol": 2e-2, "atol": 2e-3} if "bf16" in name else {"rtol": 1e-4, "atol": 1e-5}
@@ -207,11 +222,20 @@ def test_two_processes_with_half_the_batch_are_one_with_all_of_it(on_two: Any, n
         assert metrics[key] == pytest.approx(value, rel=1e-2 if "bf16" in name else 1e-5), key
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_small_model_is_trained_to_the_bit_as_by_ddp(on_two: Any, name: str) -> None:
+    """What `strategy="auto"` does for it changes no weight and no metric."""
+    (weights, metrics, *_), (by_ddp, theirs, *_) = (on_two[name, strategy] for strategy in STRATEGIES)
+    assert all(torch.equal(a, b) for a, b in zip(weights, by_ddp, strict=True))
+    assert metrics == theirs
+
+
 # ---- against plain DDP -----------------------------------------------------------------------------------------------
 
 
-def by_hand_and_by_fit(reduced: None, folder: Path) -> tuple[bool, list[int], int]:
+def by_hand_and_by_fit(strategy: str, folder: Path) -> tuple[bool, list[int], int]:
     """The same batches by a loop with torch's DDP and by `fit`; how many all-reduces each update of `fit` made."""
+    settings: dict[str, Any] = {"strategy": strategy, "checkpoint": False} | QUIET
     rank = _rank()
     given = [batch for k, batch in enumerate(loader(8)) if k % 2 == rank]
     torch.distributed.init_process_group("gloo", store=_store(), rank=rank, world_size=2)
@@ -241,18 +265,16 @@ def by_hand_and_by_fit(reduced: None, folder: Path) -> tuple[bool, list[int], in
             self.profiler.__exit__(None, None, None)
             counts.append(sum(event.count for event in self.profiler.key_averages() if "allreduce_" in event.key))
 
-    run = ld.fit(
-        fitted, loader(8), max_epochs=2, callbacks=Count(), accumulate_grad_batches=1, checkpoint=False, **QUIET
-    )
-    steps = run.global_step
-    ld.fit(Net(), loader(8), max_epochs=1, callbacks=Count(), accumulate_grad_batches=3, checkpoint=False, **QUIET)
+    steps = ld.fit(fitted, loader(8), max_epochs=2, callbacks=Count(), **settings).global_step
+    ld.fit(Net(), loader(8), max_epochs=1, callbacks=Count(), accumulate_grad_batches=3, **settings)
     equal = all(torch.equal(a, b) for a, b in zip(model.parameters(), fitted.parameters(), strict=True))
     return equal, counts, steps
 
 
-def test_bit_equal_to_a_loop_with_ddp_and_one_all_reduce_per_update() -> None:
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bit_equal_to_a_loop_with_ddp_and_one_all_reduce_per_update(strategy: str) -> None:
     """With equal batches `fit` does what a hand-written loop does, to the bit; agreeing costs no message more."""
-    equal, counts, steps = start(by_hand_and_by_fit, None, 2)
+    equal, counts, steps = start(by_hand_and_by_fit, strategy, 2)
     assert equal
     assert steps == 12
     assert counts == [1] * 12 + [0, 0, 1, 0, 0, 1]

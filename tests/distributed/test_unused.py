@@ -1,5 +1,6 @@
 """Parameters that get no gradient on several processes: refused by name, before weights can differ."""
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,13 @@ CASES: dict[str, tuple[nn.Module, dict[str, Any]]] = {
 def fit_all(_: None, folder: Path) -> dict[str, str]:
     """In a started process: what each case raises, or nothing."""
     found = {}
-    for name, (model, settings) in CASES.items():
+    for (name, (model, settings)), strategy in itertools.product(CASES.items(), ("auto", "ddp")):
+        key = name if strategy == "auto" else f"{name} (ddp)"
         try:
-            ld.fit(model, batches(8), checkpoint=False, accelerator="cpu", **settings, **QUIET)
-            found[name] = ""
+            ld.fit(model, batches(8), checkpoint=False, accelerator="cpu", **{"strategy": strategy} | settings, **QUIET)
+            found[key] = ""
         except Exception as error:
-            found[name] = f"{type(error).__name__}: {error}"
+            found[key] = f"{type(error).__name__}: {error}"
     return found
 
 
@@ -75,6 +77,7 @@ def ended() -> Any:
     return start(fit_all, None, 2)
 
 
+@pytest.mark.parametrize("ddp", ["", " (ddp)"])
 @pytest.mark.parametrize(
     ("name", "which"),
     [
@@ -88,13 +91,14 @@ def ended() -> Any:
         ),
     ],
 )
-def test_parameters_without_a_gradient_are_named(ended: Any, name: str, which: str) -> None:
+def test_parameters_without_a_gradient_are_named(ended: Any, name: str, which: str, ddp: str) -> None:
     """Instead of torch's error, which comes a step later and names no parameter; it says what to do."""
+    name += ddp
     assert ended[name].startswith(f"StepError: a training step gave no gradient to {which}"), ended[name]
     assert "strategy=DistributedDataParallelKwargs(find_unused_parameters=True)" in ended[name]
 
 
-@pytest.mark.parametrize("name", ["frozen", "found", "late, found"])
+@pytest.mark.parametrize("name", ["frozen", "frozen (ddp)", "found", "late, found"])
 def test_what_the_message_advises_works(ended: Any, name: str) -> None:
     """Frozen parameters and DDP's search for unused ones train to the end."""
     assert ended[name] == ""
