@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from .data.loader import Loader
 from .group import Group
-from .optim import Window
 from .run import Run
 from .signals import Signals
+from .windows import Window
 
 
 class Bad(NamedTuple):

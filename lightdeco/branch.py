@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from .optim import Optim, Window, parameters_of
+from .optim import Optim, parameters_of
 from .plan import Hook
+from .windows import Window
 
 if TYPE_CHECKING:
     from .scaling import Scaler

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from .branch import Branch
 from .errors import StepError
-from .optim import Window
 from .steps import is_metric, is_scalar, read_result
+from .windows import Window
 
 #: Writes the gradients that are ready into `p.grad`, times the factor that the loss was scaled by.
 Merge = Callable[[Tensor], None]

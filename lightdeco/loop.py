@@ -246,7 +246,7 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
                 reseed(seed)
                 run.batch = batch = transfer(batch, run.device, dataloader_idx)
             if on_start is not None and on_start(batch, batch_idx, dataloader_idx) is SKIP_EPOCH:
-                skipped = True
+                skipped, run.batch = True, None
                 break
             if parted:
                 progress.batch += 1
@@ -276,13 +276,11 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
                 updated = single or window.complete(last)
                 if plain and updated:
                     if not single:
-                        window.normalise(optimizer)
-                        window.begin()
+                        window.finish(optimizer)
                     optimizer.step()
                     progress.global_step += 1
                 elif updated:
                     updated = update(s, branch, scaled, (batch, batch_idx, dataloader_idx, None), partial(reseed, seed))
-
             if on_end is not None:
                 on_end(batch, batch_idx, dataloader_idx, outputs)
             run.batch = None
@@ -299,7 +297,6 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
                     saver.boundary()
                 if limits.reached() is not None:
                     return progress.batch == run.num_train_batches
-    run.batch = None
     if progress.batch == 0 and not skipped:
         raise _empty(f"train loader yielded no batch in epoch {progress.epoch}", used_up=progress.epoch > 0)
     return True

@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from .branch import Toggle, others
 from .errors import SettingsError, StepError
 from .limits import accumulation
-from .optim import Window, clip, parameters_of
+from .optim import clip, parameters_of
 from .peers import Peers
 from .scaling import Scaler
 from .session import Session
-from .windows import SharedPending
+from .windows import SharedPending, Window
 
 
 class Manual:

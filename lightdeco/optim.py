@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from .dtensor import local, whole
-from .errors import MarkError, SettingsError, StepError, nearest, warn
+from .errors import MarkError, SettingsError, nearest, warn
 
 
 @dataclass(frozen=True)
@@ -207,82 +207,6 @@ def finite_gradients(optimizer: Optimizer) -> Tensor:
     """Whether the norm of all gradients is finite: a 0-dim bool on their device."""
     grads = gradients_of(optimizer)
     return torch.isfinite(whole(nn.utils.get_total_norm(grads)))
-
-
-class Window:
-    """The micro-batches of one update: how much each counts.
-
-    Each micro-loss is a mean over its batch; multiplied by its weight before backward and with the gradients divided by
-    the sum of weights before clipping, the window's gradient is that of the concatenated batch. A window of one
-    micro-batch scales nothing.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        #: Whether each micro-batch is an update of its own, and nothing is scaled.
-        self.plain = size == 1
-        self.begin()
-
-    def begin(self) -> None:
-        """Begin the next window."""
-        self.count = 0
-        self.single = self.size == 1
-        self._total: Any = 0
-
-    def coming(self, last: bool) -> None:
-        """Before the step of a micro-batch; `last`: none follows in this epoch."""
-
-    def scale(self, loss: Tensor, weight: Any, last: bool) -> Tensor:
-        """Count a micro-batch and return its loss as it goes into backward."""
-        weight = self.counted(weight, last)
-        return loss if self.single else loss * weight
-
-    def counted(self, weight: Any, last: bool) -> Any:
-        """Count a micro-batch, and return its weight as a number or a 0-dim tensor."""
-        self.single = self.single or (self.count == 0 and last)
-        self.count += 1
-        if isinstance(weight, Tensor):
-            weight = weight.detach().reshape(())
-        self._total = self._total + weight
-        return weight
-
-    def complete(self, last: bool) -> bool:
-        """Whether the update is due."""
-        return self.count >= self.size or last
-
-    def refuse_several(self, where: str) -> None:
-        """Refuse to evaluate anew a window of several micro-batches, of which only the last is known.
-
-        Raises:
-            StepError: the window has several.
-        """
-        if not self.single:
-            raise StepError(
-                f"the closure of {where} was called in a window of several batches; set accumulate_grad_batches=1"
-            )
-
-    def agreed(self, loss: Tensor) -> Tensor:
-        """The loss of the update, for a closure and for `on_nan`."""
-        return loss
-
-    def repeat(self, loss: Tensor) -> Tensor:
-        """The loss of a step that a closure evaluates anew, as it goes into backward."""
-        return loss
-
-    def normalise(self, optimizer: Optimizer) -> None:
-        """Divide the gradients by the sum of weights.
-
-        Raises:
-            StepError: every weight of the window was 0.
-        """
-        if self.single:
-            return
-        total = self._total
-        if isinstance(total, Tensor):
-            total = torch.where(total == 0, torch.ones_like(total), total)  # all gradients are 0 then
-        elif total == 0:
-            raise StepError('every "weight" of an accumulation window was 0; leave such batches out of the data')
-        divide(optimizer, total)
 
 
 # ---- schedules -------------------------------------------------------------------------------------------------------

@@ -87,8 +87,8 @@ def restore(s: Session, state: State) -> None:
     compression = strategies.compression(None if run.accelerator is None else run.accelerator.ddp_handler)
     if compression is not None and "power_sgd" in compression:
         warn(
-            f"comm_hook={compression!r} keeps what it has not sent yet, and a checkpoint does not hold that: the run goes on, "
-            "but not to the bit as if it had not been interrupted"
+            f"comm_hook={compression!r} keeps what it has not sent yet, which a checkpoint does not hold: the run goes "
+            "on, but not to the bit as if it had not been interrupted"
         )
     progress = run.progress
     for field in asdict(progress):

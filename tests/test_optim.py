@@ -12,7 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
 import lightdeco as ld
 from lightdeco.closure import Closure
-from lightdeco.optim import Window, clip, finite_gradients, monitored, needs_closure, read_optimizers
+from lightdeco.optim import clip, finite_gradients, monitored, needs_closure, read_optimizers
+from lightdeco.windows import Window
 
 QUIET: Any = {"logger": False, "progress_bar": False, "summary": False, "max_epochs": 1}
 

@@ -99,6 +99,10 @@ def _child(work: Callable[[], Any], folder: Path, place: joined.Place, patience:
     if place.world_size > 1:
         os.environ.update(place.variables() | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Threads and processes in which inductor compiles, if the parent did, were not forked: here it compiles by itself.
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    if (config := sys.modules.get("torch._inductor.config")) is not None:
+        config.compile_threads = 1
     # The pool of threads that was forked is made anew by the first who asks; autograd's own threads would not wait.
     torch.set_num_threads(torch.get_num_threads())
     status = 1
