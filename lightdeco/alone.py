@@ -65,6 +65,10 @@ class Alone:
         """The least of the lengths; None where a process does not know its own."""
         return length
 
+    def fewest(self, parts: int) -> int:
+        """The least of the numbers of parts that the processes have made of a batch."""
+        return parts
+
     def together(self, batches: Any) -> Any:
         """The batches, as long as every process has one."""
         return batches

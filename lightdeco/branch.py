@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -15,6 +15,10 @@ from .windows import Window
 
 if TYPE_CHECKING:
     from .scaling import Scaler
+
+
+#: torch's, before anybody could replace it.
+_ZERO_GRAD: Final = Optimizer.zero_grad
 
 
 class Toggle:
@@ -51,11 +55,14 @@ def others(optimizer: Optimizer, parameters: Sequence[Parameter]) -> list[Parame
 
 def clearing(optimizer: Optimizer) -> Callable[[], object]:
     """What clears the gradients: the `zero_grad` of the optimizer, or the same without notes for torch's profiler."""
-    if type(optimizer).zero_grad is not Optimizer.zero_grad or "zero_grad" in vars(optimizer):
+    if type(optimizer).zero_grad is not _ZERO_GRAD:
         return optimizer.zero_grad  # somebody's own
-    groups = optimizer.param_groups
+    own, groups = vars(optimizer), optimizer.param_groups
 
     def clear() -> None:
+        if "zero_grad" in own:
+            optimizer.zero_grad()
+            return
         for group in groups:
             for p in group["params"]:
                 p.grad = None

@@ -28,6 +28,9 @@ class InDDP(Peers):
         super().__init__(run, signals, group)
         self._wrapped: nn.Module = nn.Identity()
         self._trained: frozenset[int] = frozenset()
+        #: Every parameter of the model, and whether each is trained.
+        self._every: list[nn.Parameter] = []
+        self._required: list[bool] = []
         #: Whether DDP has averaged gradients since these parameters are trained.
         self._averaged = True
         self._ballot: nn.Parameter | None = None
@@ -40,6 +43,8 @@ class InDDP(Peers):
         self.refresh()
 
         def step(key: str, *inputs: object) -> Any:
+            if [p.requires_grad for p in self._every] != self._required:
+                self.refresh()  # frozen or thawed within the epoch
             try:
                 outputs = self._wrapped(key, *inputs)
             except RuntimeError as error:
@@ -54,6 +59,9 @@ class InDDP(Peers):
 
     def refresh(self) -> None:
         """Wrap the steps anew when other parameters require grad than before; DDP would not average them."""
+        if not getattr(self._wrapped, "find_unused_parameters", False):  # else steps leave out what is not theirs
+            self._every = list(self._wrapped.parameters())
+            self._required = [p.requires_grad for p in self._every]
         trained = frozenset(id(p) for p in self._wrapped.parameters() if p.requires_grad)
         if trained == self._trained:
             return

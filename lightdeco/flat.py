@@ -45,34 +45,38 @@ class Flat(Peers):
 
     def __init__(self, run: Run, signals: Signals, group: Group) -> None:
         super().__init__(run, signals, group)
-        self._model = run.model
+        #: Every parameter of the model, those that are trained, and whether each of the first is.
+        self._every: list[nn.Parameter] = []
         self._trained: list[nn.Parameter] = []
-        self._names: list[str] = []
+        self._required: list[bool] = []
         #: Votes and gradients one after the other, and the place of each in it.
         self._message = torch.empty(0)
         self._places: list[Tensor] = []
         self._last = True
 
-    def begin(self) -> None:
-        """Give every process the weights of rank 0.
+    def refresh(self) -> None:
+        """Where there are other parameters than before, or other ones are trained: those of rank 0 for all, as by DDP.
 
         Raises:
             LaunchError: the processes have different models.
         """
-        first, *others = self.group.gather([(name, tuple(p.shape)) for name, p in self._model.named_parameters()])
+        model = self.run.model
+        every = list(model.parameters())
+        if [*map(id, every)] == [*map(id, self._every)] and [p.requires_grad for p in every] == self._required:
+            return
+        first, *others = self.group.gather([(name, tuple(p.shape)) for name, p in model.named_parameters()])
         for rank, other in enumerate(others, start=1):
             if other != first:
                 raise LaunchError(
                     f"rank {rank} has other parameters than rank 0; every process must make the same model"
                 )
-        self.align(self._model, weights=True)
+        self.align(model, weights=True)
+        self._every = every
+        self._make_room()
 
-    def refresh(self) -> None:
-        """Make room for the gradients of what is trained."""
-        named = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
-        if [name for name, _ in named] == self._names:
-            return
-        self._names, self._trained = [name for name, _ in named], [p for _, p in named]
+    def _make_room(self) -> None:
+        self._required = [p.requires_grad for p in self._every]
+        self._trained = [p for p in self._every if p.requires_grad]
         sizes = [SIZE, *(p.numel() for p in self._trained)]
         self._message = torch.empty(sum(sizes), dtype=self.dtype)
         votes, *parts = torch.split(self._message, sizes)
@@ -94,6 +98,8 @@ class Flat(Peers):
             self._exchange()
 
     def _exchange(self) -> None:
+        if [p.requires_grad for p in self._every] != self._required:
+            self._make_room()  # frozen or thawed within the epoch
         grads: list[Any] = [p.grad for p in self._trained]
         if any(grad is None or grad.is_sparse for grad in grads):
             self._refuse(grads)
@@ -103,10 +109,15 @@ class Flat(Peers):
         torch._foreach_copy_(grads, self._places[1:])
 
     def _refuse(self, grads: list[Any]) -> NoReturn:
-        if missing := [name for name, grad in zip(self._names, grads, strict=True) if grad is None]:
+        names = {id(p): name for name, p in self.run.model.named_parameters()}
+        named = [(names[id(p)], grad) for p, grad in zip(self._trained, grads, strict=True)]
+        if missing := [name for name, grad in named if grad is None]:
             raise unused.refusal(missing)
-        name = next(name for name, grad in zip(self._names, grads, strict=True) if grad.is_sparse)
-        raise StepError(f"{name} got a sparse gradient; give strategy='ddp', which averages those too")
+        name = next(name for name, grad in named if grad.is_sparse)
+        raise StepError(
+            f"{name} got a sparse gradient, which several processes average only for nn.Embedding and nn.EmbeddingBag "
+            "with sparse=True; use one of these, or make the gradient dense"
+        )
 
     def means(self) -> Tensor:
         """What came with the gradients."""

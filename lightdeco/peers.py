@@ -39,8 +39,8 @@ class Peers(Alone):
         self.unit = 1.0
         #: Whether the loss itself is agreed on: an optimizer with a closure looks at it, `on_nan="skip"` too.
         self.needs_loss = False
-        #: Whether processes may have different numbers of batches.
-        self.uneven = False
+        #: Whether processes may have different numbers of batches, and whether they had of parts of one.
+        self.uneven = self._parts_differ = False
         self.loss = torch.zeros(())
         double = all(p.dtype == torch.float64 for p in run.model.parameters())
         #: Of what is agreed on.
@@ -214,6 +214,19 @@ class Peers(Alone):
         """One gathering, before training."""
         known = [each for each in self.group.gather(length) if each is not None]
         return min(known) if len(known) == self.size else None
+
+    def fewest(self, parts: int) -> int:
+        """One small all-reduce for each batch that is split; waits. What some have more is left out, with a warning."""
+        numbers = torch.tensor([parts, -parts], device=self.run.device)
+        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MIN)
+        fewest, most = numbers.tolist()
+        if fewest != -most and not self._parts_differ:
+            self._parts_differ = True
+            warn(
+                f"the processes cut a batch into different numbers of parts ({fewest} to {-most}): what some have more "
+                "is left out; drop_last=True avoids short last batches"
+            )
+        return int(fewest)
 
     def together(self, batches: Any) -> Any:
         """Where processes may have different numbers of batches, they ask each other before each one."""

@@ -142,6 +142,8 @@ def train_batch(s: Session, batch: Any, batch_idx: int, dataloader_idx: int, las
     if split is not None:
         s.reseed(seed)
     parts = (batch,) if split is None else _parts(split(batch, s.part_size), s.where("split_batch"))
+    if split is not None:
+        parts = parts[: s.peers.fewest(len(parts))]
     for branch in s.branches:
         if batch_idx % branch.every:
             if last and branch.window.count:  # its window ends with the epoch, though not with a batch of its own

@@ -36,6 +36,11 @@ def named(error: RuntimeError, wrapped: nn.Module) -> list[str] | None:
 
 def refusal(names: list[str]) -> StepError:
     """The error that names them."""
+    if "ballot" in names:  # lightdeco's own (ballot.py), which gets its gradient from the loss
+        return StepError(
+            "the method marked @ld.backward did not call backward on the loss that it was given, by which several "
+            "processes average gradients; call loss.backward(), or make a manual step: @ld.training_step(manual=True)"
+        )
     if not names:
         which = "some parameters"
     else:

@@ -71,9 +71,9 @@ def wrap(s: Session) -> None:
         _wrap_for_autocast(s, calls)
         s.peers.align(model, weights=True)
     elif accelerator.ddp_handler is None and flat.fits(s):
-        s.peers = peers = Flat(run, s.signals, s.group)
+        s.peers = Flat(run, s.signals, s.group)
         _wrap_for_autocast(s, calls)
-        peers.begin()
+        s.peers.refresh()
     else:
         s.steps = Steps(model, calls) if hooked else SharedSteps(model, calls, training)
         s.peers = together = (InDDP if hooked else Balloting)(run, s.signals, s.group)

@@ -113,8 +113,9 @@ def _named(given: Mapping[Any, Any], stage: str) -> list[tuple[str, Any]]:
 def _loader(given: Any, what: str, seed: int, name: str | None, share: Share) -> Loader:
     check_loader(given, what)
     loader = Loader(given, seed, name, share)
-    if loader.length == 0 and share.rank == 0:
-        hint = "with drop_last=True a dataset smaller than one batch gives none" if _drops(given) else "leave it out"
+    if loader.total == 0:
+        hint = "give one with batches" if "train" in what else "leave it out"
+        hint = "with drop_last=True a dataset smaller than one batch gives none" if _drops(given) else hint
         raise DataError(f"{what} is empty: its length is 0; {hint}")
     return loader
 

@@ -57,8 +57,8 @@ class Loader:
     def __init__(self, loader: Any, seed: int, name: str | None = None, share: Share = _ALL) -> None:
         self.name = name
         share = _ALL if _shares_itself(loader) else share
-        length = _length(loader)
-        self.length = None if length is None else share.length(length)
+        self.total = _length(loader)
+        self.length = None if self.total is None else share.length(self.total)
         self.batch_sizes = tuple(map(_batch_size, loader.parts if isinstance(loader, CombinedLoader) else [loader]))
         self.one_shot = _one_shot(loader)
         self.several = isinstance(loader, CombinedLoader) and loader.mode == "sequential"

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,43 @@ class Thawing(Net):
         self.body[0].requires_grad_(True)
 
 
+class Melting(Net):
+    """Its first layer is frozen at first, and its last one in the end; both change within an epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body[0].requires_grad_(False)
+
+    @ld.on_train_batch_start
+    def change(self, run: ld.Run) -> None:
+        self.body[0].requires_grad_(run.global_step >= 2)
+        self.body[2].requires_grad_(run.global_step < 8)
+        if run.global_step >= 8:
+            self.body[2].zero_grad()
+
+
+class Growing(Net):
+    """Gets another first layer, of other weights on each rank, after the first epoch."""
+
+    @ld.on_train_epoch_start
+    def grow(self, run: ld.Run) -> None:
+        if run.epoch == 1:
+            layer = nn.Linear(8, 16)
+            nn.init.constant_(layer.weight, 0.1 + run.rank)
+            nn.init.zeros_(layer.bias)
+            self.body[0] = layer
+            (optimizer,) = (optim.optimizer for optim in run.optims.values())
+            optimizer.param_groups[0]["params"] = list(self.parameters())
+
+
+class Parts(Net):
+    """Cuts batches of up to 8 samples into parts of 3."""
+
+    @ld.split_batch(size=3)
+    def split(self, batch: Any, size: int) -> Any:
+        return list(zip(batch[0].split(size), batch[1].split(size), strict=True))
+
+
 class Closing(Net):
     """An optimizer that evaluates the loss itself."""
 
@@ -168,6 +206,8 @@ CASES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "scheduler and clipping": (Scheduled, {"gradient_clip_val": 0.3}),
     "closure": (Closing, {"max_steps": 1}),  # LBFGS makes much of the smallest difference in what follows
     "thawing": (Thawing, {}),
+    "thawing and freezing within an epoch": (Melting, {}),
+    "growing": (Growing, {}),
     "two optimizers": (Two, {}),
     "manual": (Manual, {}),
     "bf16": (Net, {"precision": "bf16-mixed"}),
@@ -314,6 +354,29 @@ def test_a_wish_to_stop_is_heard_with_the_next_update() -> None:
     assert start(stop, None, 2) == [(4, "should_stop")] * 4
     settings: Any = {"max_epochs": 2, "checkpoint": False} | QUIET
     assert ld.fit(Net(), loader(8), callbacks=Stops((0,), "batch"), **settings).global_step == 3
+
+
+def cut(strategy: str, folder: Path) -> tuple[int, list[str], bool]:
+    """A last batch of 8 samples on one rank and of 5 on the other, cut into parts of 3."""
+    model = Parts()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = ld.fit(model, loader(8, 29), max_epochs=2, strategy=strategy, checkpoint=False, **QUIET)
+    everywhere = [None, None]
+    torch.distributed.init_process_group("gloo", store=_store(), rank=_rank(), world_size=2)
+    torch.distributed.all_gather_object(everywhere, [p.tolist() for p in model.parameters()])
+    torch.distributed.destroy_process_group()
+    said = [str(each.message) for each in caught if "numbers of parts" in str(each.message)]
+    return run.progress.updates[""], said, everywhere[0] == everywhere[1]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_batches_of_different_numbers_of_parts(strategy: str) -> None:
+    """What one rank has more is left out, with one warning; nobody waits for a part that does not come."""
+    updates, said, equal = start(cut, strategy, 2)
+    assert (updates, equal) == (2 * (3 + 2), True)
+    assert len(said) == 1
+    assert said[0].startswith("the processes cut a batch into different numbers of parts (2 to 3): what some")
 
 
 # ---- started by a verb -----------------------------------------------------------------------------------------------

@@ -43,6 +43,14 @@ class Broken(Net):
         raise RuntimeError("my own")
 
 
+class Idle(Net):
+    """Its backward does nothing."""
+
+    @ld.backward
+    def own(self, loss: Tensor) -> None:
+        """Nothing."""
+
+
 FIND = DistributedDataParallelKwargs(find_unused_parameters=True)
 
 CASES: dict[str, tuple[nn.Module, dict[str, Any]]] = {
@@ -54,6 +62,7 @@ CASES: dict[str, tuple[nn.Module, dict[str, Any]]] = {
     "frozen": (Spare(frozen=True), {"max_epochs": 1}),
     "found": (Spare(), {"max_epochs": 1, "strategy": FIND}),
     "late, found": (Late(), {"max_epochs": 1, "strategy": FIND}),
+    "idle": (Idle(), {"max_epochs": 1}),
     "own error": (Broken(), {"max_epochs": 1}),
 }
 
@@ -102,6 +111,11 @@ def test_parameters_without_a_gradient_are_named(ended: Any, name: str, which: s
 def test_what_the_message_advises_works(ended: Any, name: str) -> None:
     """Frozen parameters and DDP's search for unused ones train to the end."""
     assert ended[name] == ""
+
+
+def test_a_backward_that_does_nothing_is_named(ended: Any) -> None:
+    """And not lightdeco's own parameter."""
+    assert ended["idle"].startswith("StepError: the method marked @ld.backward did not call backward"), ended["idle"]
 
 
 def test_other_errors_of_a_step_are_left_alone(ended: Any) -> None:
