@@ -291,12 +291,12 @@ def _train_epoch(s: Session, limits: Limits, interval: int | None) -> bool:
             elif updated and progress.global_step >= s.checked_step + 50:
                 s.refuse_nan()
             if window.count == 0 and not (parted and s.pending):
-                if s.validation_due(interval):
+                if s.signals.received is None and s.validation_due(interval):  # a signal would end it half-way
                     _evaluate(s, "val")
                 if saver is not None:
                     saver.boundary()
                 if limits.reached() is not None:
-                    return progress.batch == run.num_train_batches
+                    return progress.batch == run.num_train_batches and s.signals.received is None
     if progress.batch == 0 and not skipped:
         raise _empty(f"train loader yielded no batch in epoch {progress.epoch}", used_up=progress.epoch > 0)
     return True

@@ -220,6 +220,29 @@ def _alive(pid: int) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("interval", [None, 4])
+def test_a_signal_in_the_last_step_before_a_validation(interval: int | None, tmp_path: Path) -> None:
+    """All save before the validation, which the signal would end half-way, and go on with it when they are resumed."""
+    script = dedent(ENDLESS).replace(
+        'Path(f"part-{run.rank}").write_text(str(os.getpid()))', "os.kill(os.getpid(), 15) if run.rank else None"
+    )
+    script = script.replace('Path(f"part-{run.rank}").rename(f"pid-{run.rank}")', "pass")
+    script = script.replace('name="run"', f'name="run", val_check_interval={interval}, resume="auto"')
+    (tmp_path / "script.py").write_text(script)
+    arguments: Any = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "capture_output": True}
+    ended = subprocess.run([sys.executable, "script.py"], timeout=60, **arguments)
+    assert ended.returncode == 143, ended.stderr
+    checkpoints = tmp_path / "runs" / "run" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step=00000004"]
+    (tmp_path / "script.py").write_text(script.replace("10**6", "1").replace("15)", "0)"))
+    ended = subprocess.run([sys.executable, "script.py"], timeout=60, **arguments)
+    assert ended.returncode == 0, ended.stderr
+    records = [json.loads(line) for line in (checkpoints.parent / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["step"]) for r in records if "val/loss" in r] == [("val", 4)]
+    assert [r["epoch"] for r in records if "train/loss_epoch" in r] == [0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_to_the_process_that_called_fit(number: int, tmp_path: Path) -> None:
     """To it alone: the run is saved and the script ends as it does on one process; killed, it leaves no process."""
