@@ -57,13 +57,13 @@ def clearing(optimizer: Optimizer) -> Callable[[], object]:
     """What clears the gradients: the `zero_grad` of the optimizer, or the same without notes for torch's profiler."""
     if type(optimizer).zero_grad is not _ZERO_GRAD:
         return optimizer.zero_grad  # somebody's own
-    own, groups = vars(optimizer), optimizer.param_groups
+    own = vars(optimizer)
 
     def clear() -> None:
         if "zero_grad" in own:
             optimizer.zero_grad()
             return
-        for group in groups:
+        for group in optimizer.param_groups:  # another list after load_state_dict
             for p in group["params"]:
                 p.grad = None
 

@@ -11,6 +11,7 @@ from torch.optim import LBFGS, SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
 import lightdeco as ld
+from lightdeco.branch import clearing
 from lightdeco.closure import Closure
 from lightdeco.optim import clip, finite_gradients, monitored, needs_closure, read_optimizers
 from lightdeco.windows import Window
@@ -376,3 +377,20 @@ def test_a_scheduler_steps_when_it_should(interval: Any, every: int, steps: int)
     net = Net(lambda p: SGD(p, lr=1.0))
     ld.fit(net, [torch.ones(2)] * 3, **QUIET | {"max_epochs": 2})
     assert net.optimizer.param_groups[0]["lr"] == pytest.approx(1 - 0.01 * steps)
+
+
+def test_gradients_are_cleared_as_by_zero_grad() -> None:
+    """Of parameters that came after a resume too; and by a `zero_grad` that somebody puts in its place meanwhile."""
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([first], lr=0.1)
+    clear = clearing(optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.add_param_group({"params": [second]})
+    first.grad = second.grad = torch.ones(2)
+    clear()
+    assert first.grad is None
+    assert second.grad is None
+    called: list[bool] = []
+    optimizer.zero_grad = lambda set_to_none=True: called.append(set_to_none)  # type: ignore[method-assign]
+    clear()
+    assert called == [True]

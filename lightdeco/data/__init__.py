@@ -114,7 +114,7 @@ def _loader(given: Any, what: str, seed: int, name: str | None, share: Share) ->
     check_loader(given, what)
     loader = Loader(given, seed, name, share)
     if loader.total == 0:
-        hint = "give one with batches" if "train" in what else "leave it out"
+        hint = "give one with batches" if what.startswith("the train ") else "leave it out"
         hint = "with drop_last=True a dataset smaller than one batch gives none" if _drops(given) else hint
         raise DataError(f"{what} is empty: its length is 0; {hint}")
     return loader

@@ -155,7 +155,7 @@ def differ(_: None, folder: Path) -> str:
 
 
 def scatter(_: None, folder: Path) -> list[Tensor]:
-    """A sparse gradient, under "auto" and under "ddp"."""
+    """A sparse gradient."""
     with pytest.raises(ld.StepError, match="rows got a sparse gradient, which several"):
         ld.fit(Gathered(), loader(8), max_epochs=1, checkpoint=False, **QUIET)
     return []
